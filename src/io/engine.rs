@@ -1,0 +1,117 @@
+//! How operations on a storage are carried out: the engine.
+//!
+//! The core is written once, as `async fn`, and is told with each request which
+//! engine to use: one that blocks (every operation is complete at the first
+//! poll), one that submits to a queue, or a simulated one. An engine knows
+//! storages and memory; it knows nothing of images, and nothing of alignment,
+//! which [`Storage`] puts right before it asks.
+
+use std::future::Future;
+
+use super::storage::Storage;
+use crate::error::Result;
+use crate::sys::memory::{BlockSlice, GuestMut, GuestRef};
+
+/// Where a read puts its bytes.
+#[derive(Clone, Debug)]
+pub enum Target<'a> {
+    /// Memory of the caller.
+    Guest(GuestMut<'a>),
+    /// Memory of ours.
+    Block(BlockSlice),
+}
+
+/// A part of what a write writes.
+#[derive(Clone, Debug)]
+pub enum Piece<'a> {
+    /// Memory of the caller.
+    Guest(GuestRef<'a>),
+    /// Memory of ours.
+    Block(BlockSlice),
+    /// This many zero bytes.
+    Zeroes(usize),
+}
+
+/// How a range of a storage is made to read as zero.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ZeroMode {
+    /// Give the space back (a hole).
+    Punch,
+    /// Keep the space.
+    Keep,
+}
+
+/// Carries out operations. Each future is complete when the operation is; one
+/// that is dropped earlier must see to it that no memory is touched afterwards.
+///
+/// All-or-nothing: short transfers and EINTR are dealt with inside. Offsets,
+/// lengths and addresses are aligned as the storage demands.
+pub trait Engine: Send + Sync {
+    /// Reads `to.len()` bytes; what lies past the end of the storage is zero.
+    fn read<'a>(
+        &'a self,
+        storage: &'a Storage,
+        to: Target<'a>,
+        offset: u64,
+    ) -> impl Future<Output = Result<()>> + Send + 'a;
+
+    /// Writes the pieces one after the other from `offset` on, extending the
+    /// storage where needed.
+    fn write<'a>(
+        &'a self,
+        storage: &'a Storage,
+        pieces: &'a [Piece<'a>],
+        offset: u64,
+    ) -> impl Future<Output = Result<()>> + Send + 'a;
+
+    /// Makes durable what completed before (fdatasync).
+    fn sync<'a>(&'a self, storage: &'a Storage) -> impl Future<Output = Result<()>> + Send + 'a;
+
+    /// Makes a range read as zero; never moves the end of the storage.
+    /// `NotSupported` where it has to be done by writing.
+    fn zero<'a>(
+        &'a self,
+        storage: &'a Storage,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> impl Future<Output = Result<()>> + Send + 'a;
+
+    /// Sets the length of the storage.
+    fn truncate<'a>(
+        &'a self,
+        storage: &'a Storage,
+        length: u64,
+    ) -> impl Future<Output = Result<()>> + Send + 'a;
+}
+
+impl Target<'_> {
+    /// Number of bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Target::Guest(memory) => memory.len(),
+            Target::Block(memory) => memory.len(),
+        }
+    }
+
+    /// Whether there is nothing to read.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Piece<'_> {
+    /// Number of bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Piece::Guest(memory) => memory.len(),
+            Piece::Block(memory) => memory.len(),
+            Piece::Zeroes(len) => *len,
+        }
+    }
+
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

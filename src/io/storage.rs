@@ -1,0 +1,3 @@
+//! Where the bytes of an image live.
+/// A file, callbacks, or a simulated disk.
+pub struct Storage;

@@ -1,0 +1,5 @@
+//! System calls and raw memory: one of the two rooms where `unsafe` is allowed.
+//! It knows nothing of images; only `io` uses its system calls.
+#![allow(unsafe_code)]
+
+pub mod memory;
