@@ -207,11 +207,7 @@ impl Error {
     /// the file, the offset and, where there is one, the remedy.
     #[cold]
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Error {
-        Error(Box::new(Inner {
-            kind,
-            context: context.into(),
-            source: None,
-        }))
+        Error(Box::new(Inner { kind, context: context.into(), source: None }))
     }
 
     /// Metadata that contradicts itself.
@@ -241,18 +237,15 @@ impl Error {
     #[cold]
     #[must_use]
     pub fn context(self, context: impl Into<String>) -> Error {
-        self.wrap_as(self.0.kind, context)
+        let kind = self.0.kind;
+        self.wrap_as(kind, context)
     }
 
     /// Makes this error the cause of one of another kind.
     #[cold]
     #[must_use]
     pub fn wrap_as(self, kind: ErrorKind, context: impl Into<String>) -> Error {
-        Error(Box::new(Inner {
-            kind,
-            context: context.into(),
-            source: Some(Box::new(self)),
-        }))
+        Error(Box::new(Inner { kind, context: context.into(), source: Some(Box::new(self)) }))
     }
 
     /// What went wrong.

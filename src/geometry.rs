@@ -78,11 +78,7 @@ impl Geometry {
 
     /// log2 of the subcluster size.
     pub fn subcluster_bits(self) -> u32 {
-        if self.extended_l2 {
-            self.cluster_bits - 5
-        } else {
-            self.cluster_bits
-        }
+        if self.extended_l2 { self.cluster_bits - 5 } else { self.cluster_bits }
     }
 
     /// Bytes in a subcluster (the cluster size where entries are not extended).

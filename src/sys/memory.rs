@@ -57,12 +57,7 @@ unsafe impl<D> Sync for Guest<'_, D> {}
 impl<'a> GuestMut<'a> {
     /// Borrows a Rust buffer.
     pub fn from_slice(buf: &'a mut [u8]) -> GuestMut<'a> {
-        Guest {
-            base: Base::One(buf.as_mut_ptr()),
-            skip: 0,
-            len: buf.len(),
-            _memory: PhantomData,
-        }
+        Guest { base: Base::One(buf.as_mut_ptr()), skip: 0, len: buf.len(), _memory: PhantomData }
     }
 
     /// Copies `data` to position `at`.
@@ -88,12 +83,7 @@ impl<'a> GuestRef<'a> {
     pub fn from_slice(buf: &'a [u8]) -> GuestRef<'a> {
         // The pointer is only read through: no method of GuestRef writes.
         let ptr = buf.as_ptr().cast_mut();
-        Guest {
-            base: Base::One(ptr),
-            skip: 0,
-            len: buf.len(),
-            _memory: PhantomData,
-        }
+        Guest { base: Base::One(ptr), skip: 0, len: buf.len(), _memory: PhantomData }
     }
 
     /// Copies from position `at` into `data`.
@@ -116,12 +106,7 @@ impl<'a, D> Guest<'a, D> {
     /// `ptr..ptr + len` stays readable (and, for `GuestMut`, writable) until
     /// every operation on this handle and its copies has completed.
     pub unsafe fn from_raw(ptr: *mut u8, len: usize) -> Guest<'a, D> {
-        Guest {
-            base: Base::One(ptr),
-            skip: 0,
-            len,
-            _memory: PhantomData,
-        }
+        Guest { base: Base::One(ptr), skip: 0, len, _memory: PhantomData }
     }
 
     /// A list of ranges, in the C way; `None` if their lengths overflow.
@@ -138,19 +123,9 @@ impl<'a, D> Guest<'a, D> {
         if count == 1 {
             // SAFETY: count == 1, so the first element is there.
             let base = unsafe { (*iov).iov_base }.cast();
-            return Some(Guest {
-                base: Base::One(base),
-                skip: 0,
-                len,
-                _memory: PhantomData,
-            });
+            return Some(Guest { base: Base::One(base), skip: 0, len, _memory: PhantomData });
         }
-        Some(Guest {
-            base: Base::List(iov, count),
-            skip: 0,
-            len,
-            _memory: PhantomData,
-        })
+        Some(Guest { base: Base::List(iov, count), skip: 0, len, _memory: PhantomData })
     }
 
     /// Number of bytes.
@@ -166,15 +141,8 @@ impl<'a, D> Guest<'a, D> {
     /// The part of `len` bytes from `at` on. Asking for more than there is
     /// would be a bug of this crate: it panics rather than touch foreign memory.
     pub fn sub(self, at: usize, len: usize) -> Self {
-        assert!(
-            at <= self.len && len <= self.len - at,
-            "part of guest memory out of range"
-        );
-        Guest {
-            skip: self.skip + at,
-            len,
-            ..self
-        }
+        assert!(at <= self.len && len <= self.len - at, "part of guest memory out of range");
+        Guest { skip: self.skip + at, len, ..self }
     }
 
     /// Whether every range begins and ends at a multiple of `alignment`.
@@ -278,11 +246,7 @@ impl Block {
 
     /// All of it.
     pub fn all(&self) -> BlockSlice {
-        BlockSlice {
-            block: self.clone(),
-            start: 0,
-            len: self.0.layout.size(),
-        }
+        BlockSlice { block: self.clone(), start: 0, len: self.0.layout.size() }
     }
 
     /// `len` bytes from `start` on.
@@ -312,15 +276,8 @@ impl BlockSlice {
 
     /// The part of `len` bytes from `at` on; panics if it is not there.
     pub fn sub(&self, at: usize, len: usize) -> BlockSlice {
-        assert!(
-            at <= self.len && len <= self.len - at,
-            "part of a block out of range"
-        );
-        BlockSlice {
-            block: self.block.clone(),
-            start: self.start + at,
-            len,
-        }
+        assert!(at <= self.len && len <= self.len - at, "part of a block out of range");
+        BlockSlice { block: self.block.clone(), start: self.start + at, len }
     }
 
     /// Copies `data` to position `at`.
@@ -370,10 +327,8 @@ mod tests {
     fn iovec_parts_are_found() {
         let mut bytes = *b"abcdefghij";
         let base = bytes.as_mut_ptr();
-        let part = |at: usize, len| libc::iovec {
-            iov_base: base.wrapping_add(at).cast(),
-            iov_len: len,
-        };
+        let part =
+            |at: usize, len| libc::iovec { iov_base: base.wrapping_add(at).cast(), iov_len: len };
         let iov = [part(0, 3), part(3, 0), part(3, 4), part(7, 3)];
         // SAFETY: the array and the bytes outlive the handle.
         let guest: GuestRef<'_> = unsafe { Guest::from_iovec(iov.as_ptr(), iov.len()) }.unwrap();
@@ -389,10 +344,7 @@ mod tests {
 
     #[test]
     fn overlong_iovec_is_refused() {
-        let iov = [libc::iovec {
-            iov_base: std::ptr::null_mut(),
-            iov_len: usize::MAX,
-        }; 2];
+        let iov = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: usize::MAX }; 2];
         // SAFETY: only the lengths are looked at.
         let guest = unsafe { GuestRef::from_iovec(iov.as_ptr(), iov.len()) };
         assert!(guest.is_none());
