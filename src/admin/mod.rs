@@ -1,1 +1,3 @@
-//! (under construction)
+//! What is done to images as wholes: create, measure, probe.
+
+pub mod create;

@@ -1,1 +1,5 @@
-//! (under construction)
+//! An open image: mapping, reading, writing, flushing.
+
+pub mod handle;
+pub mod info;
+pub mod options;
