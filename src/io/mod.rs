@@ -1,5 +1,14 @@
 //! Storages (where bytes live) and engines (how operations on them are carried
 //! out). It knows nothing of qcow2.
 
+pub mod blocking;
+pub mod callbacks;
+pub mod counters;
+mod direct;
 pub mod engine;
+mod file;
+mod range_lock;
+mod registry;
+mod source;
 pub mod storage;
+pub mod wait;

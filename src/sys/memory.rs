@@ -71,6 +71,21 @@ impl<'a> GuestMut<'a> {
         });
     }
 
+    /// Copies all of `from` to the start of this, which must be as long.
+    pub fn copy_guest(self, from: GuestRef<'_>) {
+        let mut done = 0;
+        self.sub(0, from.len()).for_each(|to, len| {
+            let mut at = 0;
+            from.sub(done, len).for_each(|ptr, len| {
+                // SAFETY: both are the callers' memory, which may overlap; `at
+                // + len` never exceeds the range that `to` begins.
+                unsafe { std::ptr::copy(ptr, to.add(at), len) };
+                at += len;
+            });
+            done += len;
+        });
+    }
+
     /// Fills all of it with zeroes.
     pub fn fill_zero(self) {
         // SAFETY: ptr..ptr+len is the caller's writable memory.
@@ -148,7 +163,18 @@ impl<'a, D> Guest<'a, D> {
     /// Whether every range begins and ends at a multiple of `alignment`.
     pub fn is_aligned(self, alignment: usize) -> bool {
         let mut aligned = true;
-        self.for_each(|ptr, len| aligned &= (ptr as usize | len).is_multiple_of_pow2(alignment));
+        self.for_each(|ptr, len| aligned &= is_multiple(ptr as usize | len, alignment));
+        aligned
+    }
+
+    /// Whether every range begins at a multiple of `address` and is a multiple
+    /// of `length` long; both are powers of two.
+    pub fn is_aligned_for(self, address: usize, length: usize) -> bool {
+        let mut aligned = true;
+        self.for_each(|ptr, len| {
+            aligned &= is_multiple(ptr as usize, address);
+            aligned &= is_multiple(len, length);
+        });
         aligned
     }
 
@@ -190,13 +216,9 @@ impl<'a, D> Guest<'a, D> {
     }
 }
 
-trait Pow2 {
-    fn is_multiple_of_pow2(self, alignment: usize) -> bool;
-}
-impl Pow2 for usize {
-    fn is_multiple_of_pow2(self, alignment: usize) -> bool {
-        self & (alignment - 1) == 0
-    }
+/// Whether a number is a multiple of a power of two.
+fn is_multiple(number: usize, power: usize) -> bool {
+    number & (power - 1) == 0
 }
 
 /// Alignment of our own buffers: enough for O_DIRECT on any device.

@@ -2,4 +2,6 @@
 //! It knows nothing of images; only `io` uses its system calls.
 #![allow(unsafe_code)]
 
+pub mod file;
+pub mod lock;
 pub mod memory;

@@ -1,0 +1,83 @@
+//! The engine that blocks: every operation is complete at the first poll.
+
+use std::fmt;
+
+use super::engine::{Engine, Piece, Target, ZeroMode};
+use super::storage::{Backend, Storage};
+use crate::error::Result;
+use crate::sys::file::SysResult;
+
+/// Carries operations out at once, on the thread that polls.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Blocking;
+
+impl Engine for Blocking {
+    #[inline]
+    async fn read<'a>(&'a self, storage: &'a Storage, to: Target<'a>, offset: u64) -> Result<()> {
+        let result = match storage.backend() {
+            Backend::File(file) => file.read(&to, offset),
+            Backend::Callbacks(callbacks) => callbacks.read(&to, offset),
+        };
+        let len = to.len();
+        done(storage, result, || format!("reading {len} bytes at offset {offset}"))
+    }
+
+    #[inline]
+    async fn write<'a>(
+        &'a self,
+        storage: &'a Storage,
+        pieces: &'a [Piece<'a>],
+        offset: u64,
+    ) -> Result<()> {
+        let result = match storage.backend() {
+            Backend::File(file) => file.write(pieces, offset),
+            Backend::Callbacks(callbacks) => callbacks.write(pieces, offset),
+        };
+        done(storage, result, || {
+            let len: usize = pieces.iter().map(Piece::len).sum();
+            format!("writing {len} bytes at offset {offset}")
+        })
+    }
+
+    async fn sync<'a>(&'a self, storage: &'a Storage) -> Result<()> {
+        let result = match storage.backend() {
+            Backend::File(file) => file.sync(),
+            Backend::Callbacks(callbacks) => callbacks.sync(),
+        };
+        done(storage, result, || "syncing")
+    }
+
+    async fn zero<'a>(
+        &'a self,
+        storage: &'a Storage,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> Result<()> {
+        let result = match storage.backend() {
+            Backend::File(file) => file.zero(offset, length, mode),
+            Backend::Callbacks(callbacks) => callbacks.zero(offset, length, mode),
+        };
+        result.map_err(|errno| storage.zero_failed(errno, offset, length, mode))
+    }
+
+    async fn truncate<'a>(&'a self, storage: &'a Storage, length: u64) -> Result<()> {
+        let result = match storage.backend() {
+            Backend::File(file) => file.truncate(length),
+            Backend::Callbacks(callbacks) => callbacks.truncate(length),
+        };
+        done(storage, result, || format!("setting the length to {length}"))
+    }
+}
+
+#[inline]
+fn done<T: fmt::Display>(
+    storage: &Storage,
+    result: SysResult<()>,
+    what: impl FnOnce() -> T,
+) -> Result<()> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(errno) => Err(storage.failed(errno, what())),
+    }
+}

@@ -1,0 +1,72 @@
+//! Which byte ranges of a storage are being written in direct mode.
+//!
+//! A write smaller than a block reads the block and writes it back: whoever
+//! writes that block in between would be undone. So every write registers the
+//! blocks that it touches: whole blocks together with others, parts of blocks
+//! alone.
+
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::wait::WaitList;
+
+/// Ranges being written.
+#[derive(Default, Debug)]
+pub(super) struct RangeLock {
+    held: Mutex<Vec<Held>>,
+    waiting: WaitList,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Held {
+    range: Range<u64>,
+    alone: bool,
+}
+
+impl Held {
+    fn excludes(&self, other: &Held) -> bool {
+        let overlap = self.range.start < other.range.end && other.range.start < self.range.end;
+        overlap && (self.alone || other.alone)
+    }
+}
+
+impl RangeLock {
+    /// Waits until nobody stands in the way.
+    pub(super) async fn lock(&self, range: Range<u64>, alone: bool) -> RangeGuard<'_> {
+        let wanted = Held { range, alone };
+        self.waiting.until(|| self.try_lock(&wanted)).await
+    }
+
+    fn try_lock(&self, wanted: &Held) -> Option<RangeGuard<'_>> {
+        let mut held = self.held();
+        if held.iter().any(|other| other.excludes(wanted)) {
+            return None;
+        }
+        held.push(wanted.clone());
+        Some(RangeGuard { lock: self, held: wanted.clone() })
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Held>> {
+        // Nothing panics while it is held.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A locked range; dropping it unlocks.
+#[derive(Debug)]
+pub(super) struct RangeGuard<'a> {
+    lock: &'a RangeLock,
+    held: Held,
+}
+
+impl Drop for RangeGuard<'_> {
+    fn drop(&mut self) {
+        let mut held = self.lock.held();
+        // Equal entries are interchangeable.
+        if let Some(index) = held.iter().position(|other| *other == self.held) {
+            held.swap_remove(index);
+        }
+        drop(held);
+        self.lock.waiting.wake_all();
+    }
+}

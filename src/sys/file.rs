@@ -1,0 +1,266 @@
+//! Moving bytes between a descriptor and memory, and asking a device its size.
+//!
+//! All-or-nothing: EINTR is retried and short transfers are carried on with.
+//! One range of memory takes one plain `pread` or `pwrite`; lists go through
+//! arrays of iovecs on the stack. Errors are bare errno values: this file knows
+//! nothing of storages, names or alignment.
+
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::memory::{GuestMut, GuestRef};
+
+/// The result of a system call: the error is a positive errno.
+pub type SysResult<T> = std::result::Result<T, i32>;
+
+/// What a write takes its bytes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Bytes<'a> {
+    /// Memory.
+    Memory(GuestRef<'a>),
+    /// This many zeroes.
+    Zeroes(usize),
+}
+
+impl Bytes<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Bytes::Memory(memory) => memory.len(),
+            Bytes::Zeroes(len) => *len,
+        }
+    }
+}
+
+// Offsets are passed on as they are.
+const _: () = assert!(size_of::<libc::off_t>() == 8, "needs 64-bit file offsets");
+
+/// Iovecs handed to the kernel at a time.
+const BATCH: usize = 64;
+/// Bytes handed to the kernel at a time; it takes no more anyway. A multiple of
+/// every page size, so that a direct transfer stays aligned.
+const MAX_TRANSFER: usize = 0x7fff_0000;
+
+/// Zeroes to write, aligned for direct I/O.
+#[repr(align(4096))]
+struct Zeroes([u8; 64 * 1024]);
+static ZEROES: Zeroes = Zeroes([0; 64 * 1024]);
+
+/// Reads `to.len()` bytes; what lies past the end of the file becomes zero.
+///
+/// `alignment` is that of direct I/O, or 1: a transfer that stops short of it
+/// has met the end of the file, and asking for the rest would be refused.
+#[inline]
+pub fn read(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64, alignment: u32) -> SysResult<()> {
+    let len = to.len();
+    let Some(ptr) = to.as_single().filter(|_| len <= MAX_TRANSFER) else {
+        return read_on(fd, to, offset, alignment, None);
+    };
+    // SAFETY: `to` is ptr..ptr+len, writable until this call returns.
+    let got = unsafe { libc::pread(fd.as_raw_fd(), ptr.cast(), len, offset as libc::off_t) };
+    if got == len as isize {
+        return Ok(());
+    }
+    read_on(fd, to, offset, alignment, Some(got))
+}
+
+/// Everything but the simple case: lists, short reads, interruptions, the end
+/// of the file, errors. `first` is the outcome of a first attempt.
+#[inline(never)]
+fn read_on(
+    fd: BorrowedFd<'_>,
+    to: GuestMut<'_>,
+    offset: u64,
+    alignment: u32,
+    mut first: Option<isize>,
+) -> SysResult<()> {
+    let mut done = 0;
+    while done < to.len() {
+        let rest = to.sub(done, to.len() - done);
+        let count = first.take().unwrap_or_else(|| {
+            let mut batch = Batch::new();
+            rest.for_each(|ptr, len| _ = batch.push(ptr, len));
+            let at = (offset + done as u64) as libc::off_t;
+            // SAFETY: the iovecs are parts of `to`, writable until this call
+            // returns.
+            unsafe { libc::preadv(fd.as_raw_fd(), batch.as_ptr(), batch.count as i32, at) }
+        });
+        let Some(got) = transferred(count)? else { continue };
+        done += got;
+        if got == 0 || got % alignment as usize != 0 {
+            to.sub(done, to.len() - done).fill_zero();
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the parts one after the other from `offset` on.
+///
+/// Their lengths must not overflow when added up.
+#[inline]
+pub fn write<'a>(
+    fd: BorrowedFd<'_>,
+    parts: impl Iterator<Item = Bytes<'a>> + Clone,
+    offset: u64,
+) -> SysResult<()> {
+    let mut first = parts.clone();
+    let only = match (first.next(), first.next()) {
+        (Some(Bytes::Memory(from)), None) if from.len() <= MAX_TRANSFER => from,
+        _ => return write_on(fd, parts, offset, None),
+    };
+    let Some(ptr) = only.as_single() else {
+        return write_on(fd, parts, offset, None);
+    };
+    let len = only.len();
+    // SAFETY: `only` is ptr..ptr+len, readable until this call returns.
+    let put = unsafe { libc::pwrite(fd.as_raw_fd(), ptr.cast(), len, offset as libc::off_t) };
+    if put == len as isize {
+        return Ok(());
+    }
+    write_on(fd, parts, offset, Some(put))
+}
+
+/// Everything but the simple case. `first` is the outcome of a first attempt.
+#[inline(never)]
+fn write_on<'a>(
+    fd: BorrowedFd<'_>,
+    parts: impl Iterator<Item = Bytes<'a>> + Clone,
+    offset: u64,
+    mut first: Option<isize>,
+) -> SysResult<()> {
+    let total: usize = parts.clone().map(|part| part.len()).sum();
+    let mut done = 0;
+    while done < total {
+        let count = first.take().unwrap_or_else(|| {
+            let mut batch = Batch::new();
+            gather(parts.clone(), done, |ptr, len| batch.push(ptr, len));
+            let at = (offset + done as u64) as libc::off_t;
+            // SAFETY: the iovecs are parts of the caller's memory or of ZEROES,
+            // readable until this call returns.
+            unsafe { libc::pwritev(fd.as_raw_fd(), batch.as_ptr(), batch.count as i32, at) }
+        });
+        match transferred(count)? {
+            // Nothing written and no error: not to be tried forever.
+            Some(0) => return Err(libc::EIO),
+            Some(put) => done += put,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// The outcome of a transfer; `None`: interrupted, to be tried again.
+fn transferred(count: isize) -> SysResult<Option<usize>> {
+    match usize::try_from(count) {
+        Ok(count) => Ok(Some(count)),
+        Err(_) => match errno() {
+            libc::EINTR => Ok(None),
+            errno => Err(errno),
+        },
+    }
+}
+
+/// The calling thread's errno.
+pub fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// Calls `push` with each contiguous range of the parts, without the first
+/// `skip` bytes, until it returns false.
+fn gather<'a>(
+    parts: impl Iterator<Item = Bytes<'a>>,
+    mut skip: usize,
+    mut push: impl FnMut(*mut u8, usize) -> bool,
+) {
+    for part in parts {
+        let mut len = part.len();
+        if skip >= len {
+            skip -= len;
+            continue;
+        }
+        len -= skip;
+        let mut more = true;
+        match part {
+            Bytes::Memory(from) => from.sub(skip, len).for_each(|ptr, len| {
+                more = more && push(ptr, len);
+            }),
+            Bytes::Zeroes(_) => {
+                while more && len > 0 {
+                    let now = len.min(ZEROES.0.len());
+                    more = push(ZEROES.0.as_ptr().cast_mut(), now);
+                    len -= now;
+                }
+            }
+        }
+        if !more {
+            return;
+        }
+        skip = 0;
+    }
+}
+
+/// An array of iovecs on the stack.
+struct Batch {
+    iovecs: [MaybeUninit<libc::iovec>; BATCH],
+    count: usize,
+    bytes: usize,
+}
+
+impl Batch {
+    fn new() -> Batch {
+        Batch { iovecs: [MaybeUninit::uninit(); BATCH], count: 0, bytes: 0 }
+    }
+
+    /// Adds a range as far as it fits; false: full, the rest must wait.
+    fn push(&mut self, ptr: *mut u8, len: usize) -> bool {
+        let now = len.min(MAX_TRANSFER - self.bytes);
+        if self.count == BATCH || now == 0 {
+            return false;
+        }
+        self.iovecs[self.count].write(libc::iovec { iov_base: ptr.cast(), iov_len: now });
+        self.count += 1;
+        self.bytes += now;
+        now == len
+    }
+
+    fn as_ptr(&self) -> *const libc::iovec {
+        self.iovecs.as_ptr().cast()
+    }
+}
+
+/// Many parts as one: a list that a [`GuestRef`] stands for.
+pub struct Gathered<'a> {
+    list: Vec<libc::iovec>,
+    _memory: PhantomData<GuestRef<'a>>,
+}
+
+impl<'a> Gathered<'a> {
+    /// Collects the parts; allocates.
+    pub fn new(parts: impl Iterator<Item = Bytes<'a>>) -> Gathered<'a> {
+        let mut list = Vec::new();
+        gather(parts, 0, |ptr, len| {
+            list.push(libc::iovec { iov_base: ptr.cast(), iov_len: len });
+            true
+        });
+        Gathered { list, _memory: PhantomData }
+    }
+
+    /// All of it; `None` if it is more than the address space holds.
+    pub fn guest(&self) -> Option<GuestRef<'_>> {
+        // SAFETY: the array lives as long as the borrow and does not change,
+        // the memory behind it lives for 'a, which is longer.
+        unsafe { GuestRef::from_iovec(self.list.as_ptr(), self.list.len()) }
+    }
+}
+
+/// The size of a block device in bytes, asked without moving a file position.
+pub fn device_length(fd: BorrowedFd<'_>) -> SysResult<u64> {
+    /// `_IOR(0x12, 114, size_t)`: despite the size_t it fills a u64.
+    const BLKGETSIZE64: rustix::ioctl::Opcode = rustix::ioctl::opcode::read::<usize>(0x12, 114);
+    let mut length = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64 to the address.
+    let result =
+        unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64 as _, std::ptr::from_mut(&mut length)) };
+    if result < 0 { Err(errno()) } else { Ok(length) }
+}
