@@ -106,7 +106,8 @@ pub fn inflate(input: &[u8], output: &mut [u8]) -> Result<()> {
 }
 
 /// Compresses into raw deflate data. Returns how many bytes of `output` it
-/// takes, or `None` if it does not fit: such a cluster is stored as it is.
+/// takes, or `None` if it does not fit with a byte to spare: such a cluster is
+/// stored as it is.
 pub fn deflate(input: &[u8], output: &mut [u8]) -> Option<usize> {
     let mut stream = Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS);
     match stream.compress(input, output, FlushCompress::Finish) {

@@ -10,3 +10,20 @@ pub mod header;
 pub mod limits;
 pub mod refcount;
 pub mod snapshot;
+
+#[cfg(test)]
+mod bitmap_tests;
+#[cfg(test)]
+mod compressed_tests;
+#[cfg(test)]
+mod extensions_tests;
+#[cfg(test)]
+mod header_properties;
+#[cfg(test)]
+mod header_samples;
+#[cfg(test)]
+mod header_tests;
+#[cfg(test)]
+mod refcount_tests;
+#[cfg(test)]
+mod snapshot_tests;
