@@ -17,6 +17,8 @@ impl Engine for Blocking {
         let result = match storage.backend() {
             Backend::File(file) => file.read(&to, offset),
             Backend::Callbacks(callbacks) => callbacks.read(&to, offset),
+            #[cfg(feature = "sim")]
+            Backend::Sim(_) => Err(libc::ENOTSUP),
         };
         let len = to.len();
         done(storage, result, || format!("reading {len} bytes at offset {offset}"))
@@ -32,6 +34,8 @@ impl Engine for Blocking {
         let result = match storage.backend() {
             Backend::File(file) => file.write(pieces, offset),
             Backend::Callbacks(callbacks) => callbacks.write(pieces, offset),
+            #[cfg(feature = "sim")]
+            Backend::Sim(_) => Err(libc::ENOTSUP),
         };
         done(storage, result, || {
             let len: usize = pieces.iter().map(Piece::len).sum();
@@ -43,6 +47,8 @@ impl Engine for Blocking {
         let result = match storage.backend() {
             Backend::File(file) => file.sync(),
             Backend::Callbacks(callbacks) => callbacks.sync(),
+            #[cfg(feature = "sim")]
+            Backend::Sim(_) => Err(libc::ENOTSUP),
         };
         done(storage, result, || "syncing")
     }
@@ -57,6 +63,8 @@ impl Engine for Blocking {
         let result = match storage.backend() {
             Backend::File(file) => file.zero(offset, length, mode),
             Backend::Callbacks(callbacks) => callbacks.zero(offset, length, mode),
+            #[cfg(feature = "sim")]
+            Backend::Sim(_) => Err(libc::ENOTSUP),
         };
         result.map_err(|errno| storage.zero_failed(errno, offset, length, mode))
     }
@@ -65,6 +73,8 @@ impl Engine for Blocking {
         let result = match storage.backend() {
             Backend::File(file) => file.truncate(length),
             Backend::Callbacks(callbacks) => callbacks.truncate(length),
+            #[cfg(feature = "sim")]
+            Backend::Sim(_) => Err(libc::ENOTSUP),
         };
         done(storage, result, || format!("setting the length to {length}"))
     }

@@ -9,6 +9,8 @@ pub mod engine;
 mod file;
 mod range_lock;
 mod registry;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod source;
 pub mod storage;
 pub mod wait;

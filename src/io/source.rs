@@ -8,6 +8,8 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat};
 
 use super::callbacks::Callbacks;
+#[cfg(feature = "sim")]
+use super::sim::SimFile;
 use crate::error::{Error, ErrorKind, Result, escape};
 
 /// What a storage is opened from.
@@ -25,6 +27,9 @@ pub enum Source {
     },
     /// Storage of the user.
     Callbacks(Callbacks),
+    /// A simulated file.
+    #[cfg(feature = "sim")]
+    Sim(Arc<SimFile>),
 }
 
 /// How a storage is opened.
@@ -63,12 +68,20 @@ impl Source {
         Arc::new(Source::Callbacks(callbacks))
     }
 
+    /// A simulated file.
+    #[cfg(feature = "sim")]
+    pub fn sim(file: Arc<SimFile>) -> Arc<Source> {
+        Arc::new(Source::Sim(file))
+    }
+
     /// The name for messages: control characters are escaped.
     pub fn name(&self) -> String {
         match self {
             Source::Path(path) => escape(&path.to_string_lossy()),
             Source::Fd { number, .. } => format!("fd {number}"),
             Source::Callbacks(_) => "callbacks".to_owned(),
+            #[cfg(feature = "sim")]
+            Source::Sim(file) => file.name(),
         }
     }
 }

@@ -19,6 +19,8 @@ use super::engine::{Engine, Piece, Target, ZeroMode};
 use super::file::{Alignment, File, means_unsupported};
 use super::range_lock::RangeLock;
 use super::registry::Lock;
+#[cfg(feature = "sim")]
+use super::sim::SimFile;
 use super::source::{self, Exclusive};
 pub use super::source::{Access, Source};
 use crate::error::{Error, ErrorKind, Result};
@@ -45,6 +47,8 @@ pub struct Storage {
 pub(crate) enum Backend {
     File(File),
     Callbacks(Callbacks),
+    #[cfg(feature = "sim")]
+    Sim(Arc<SimFile>),
 }
 
 impl Storage {
@@ -96,6 +100,8 @@ impl Storage {
         let alignment = match &backend {
             Backend::File(file) => file.alignment,
             Backend::Callbacks(_) => Alignment::NONE,
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => Alignment { memory: 1, request: file.alignment() },
         };
         Ok(Storage {
             backend,
@@ -181,6 +187,8 @@ impl Storage {
         let length = match &self.backend {
             Backend::File(file) => file.length(),
             Backend::Callbacks(callbacks) => callbacks.length(),
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => Ok(file.length()),
         };
         length.map_err(|errno| self.failed(errno, "asking for the length"))
     }
@@ -190,6 +198,8 @@ impl Storage {
         match &self.backend {
             // A device that does not say its size any more has none.
             Backend::File(file) if file.is_device() => Some(file.length().unwrap_or(0)),
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => file.options().device,
             _ => None,
         }
     }
@@ -199,6 +209,8 @@ impl Storage {
         let allocated = match &self.backend {
             Backend::File(file) => file.allocated(),
             Backend::Callbacks(callbacks) => callbacks.length(),
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => Ok(file.occupied()),
         };
         allocated.map_err(|errno| self.failed(errno, "asking for the allocated size"))
     }
@@ -210,6 +222,8 @@ impl Storage {
         match &self.backend {
             Backend::File(file) => Some(file.identity()),
             Backend::Callbacks(_) => None,
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => Some(file.identity()),
         }
     }
 
@@ -230,6 +244,8 @@ impl Storage {
         let able = match &self.backend {
             Backend::File(_) => true,
             Backend::Callbacks(callbacks) => callbacks.abilities().write_zeroes,
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => file.options().punch,
         };
         self.access.writable && able && self.unsupported.load(Relaxed) & bit(ZeroMode::Punch) == 0
     }
@@ -303,6 +319,8 @@ impl Storage {
         let block = match &self.backend {
             Backend::File(file) => file.zero_alignment(),
             Backend::Callbacks(_) => 1,
+            #[cfg(feature = "sim")]
+            Backend::Sim(file) => file.zero_alignment(),
         };
         let whole = offset.checked_next_multiple_of(block).unwrap_or(end)..end / block * block;
         if whole.start < whole.end {
@@ -376,7 +394,7 @@ impl Storage {
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.backend {
             Backend::File(file) => Some(file.fd()),
-            Backend::Callbacks(_) => None,
+            _ => None,
         }
     }
 
@@ -416,11 +434,11 @@ impl Storage {
     pub(crate) fn failed(&self, errno: i32, what: impl fmt::Display) -> Error {
         let context = format!("{what} of {}", self.name);
         match &self.backend {
-            Backend::File(_) => Error::os(errno, context),
             Backend::Callbacks(_) => {
                 let cause = Error::os(errno, "the callback failed");
                 cause.wrap_as(ErrorKind::Callback(errno), context)
             }
+            _ => Error::os(errno, context),
         }
     }
 
@@ -492,6 +510,8 @@ fn open_backend(source: &Source, access: Access) -> Result<Backend> {
             }
             Ok(Backend::Callbacks(callbacks.clone()))
         }
+        #[cfg(feature = "sim")]
+        Source::Sim(file) => Ok(Backend::Sim(file.clone())),
     }
 }
 
