@@ -48,6 +48,26 @@ impl Wake for Flag {
     }
 }
 
+/// A task that has not ended.
+struct Running<'a> {
+    task: Task<'a>,
+    woken: Arc<Flag>,
+    waker: Waker,
+}
+
+impl<'a> Running<'a> {
+    fn new(task: Task<'a>) -> Running<'a> {
+        let woken = Arc::new(Flag(AtomicBool::new(true)));
+        Running { task, waker: Waker::from(woken.clone()), woken }
+    }
+
+    /// Whether it is through.
+    fn poll(&mut self) -> bool {
+        self.woken.0.store(false, Ordering::Relaxed);
+        self.task.future.as_mut().poll(&mut Context::from_waker(&self.waker)).is_ready()
+    }
+}
+
 impl SimDisk {
     /// Runs the tasks until all are through.
     pub fn run(&self, tasks: Vec<Task<'_>>) -> Outcome {
@@ -63,39 +83,24 @@ impl SimDisk {
         tasks: Vec<Task<'_>>,
         mut observer: impl FnMut(u64) -> ControlFlow<()>,
     ) -> Outcome {
-        let mut tasks: Vec<_> = tasks
-            .into_iter()
-            .map(|task| {
-                let flag = Arc::new(Flag(AtomicBool::new(true)));
-                Some((task, flag.clone(), Waker::from(flag)))
-            })
-            .collect();
+        let mut tasks: Vec<_> = tasks.into_iter().map(|task| Some(Running::new(task))).collect();
         let start = self.world().step;
-        let names = |tasks: &[Option<(Task<'_>, _, _)>]| {
-            tasks.iter().flatten().map(|(task, _, _)| task.name.clone()).collect::<Vec<_>>()
+        let names = |tasks: &[Option<Running<'_>>]| {
+            tasks.iter().flatten().map(|running| running.task.name.clone()).collect::<Vec<_>>()
         };
         let outcome = loop {
             if tasks.iter().all(Option::is_none) {
                 return Outcome::Done;
             }
-            let is_ready = |task: &&mut Option<(Task<'_>, Arc<Flag>, Waker)>| {
-                task.as_ref().is_some_and(|(_, flag, _)| flag.0.load(Ordering::Relaxed))
+            let is_ready = |task: &Option<Running<'_>>| {
+                task.as_ref().is_some_and(|running| running.woken.0.load(Ordering::Relaxed))
             };
-            let ready: Vec<usize> = tasks
-                .iter_mut()
-                .enumerate()
-                .filter(|(_, task)| is_ready(task))
-                .map(|(index, _)| index)
-                .collect();
+            let ready: Vec<usize> = (0..tasks.len()).filter(|i| is_ready(&tasks[*i])).collect();
             let action = self.world().choose(&ready);
             match action {
                 Action::Poll(index) => {
-                    if let Some((task, flag, waker)) = &mut tasks[index] {
-                        flag.0.store(false, Ordering::Relaxed);
-                        let mut context = Context::from_waker(waker);
-                        if task.future.as_mut().poll(&mut context).is_ready() {
-                            tasks[index] = None;
-                        }
+                    if tasks[index].as_mut().is_some_and(Running::poll) {
+                        tasks[index] = None;
                     }
                 }
                 Action::Advance(op) => {

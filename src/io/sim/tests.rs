@@ -143,7 +143,7 @@ fn operations_in_flight_take_effect_in_any_order() {
 fn power_loss_keeps_any_subset_of_sectors() {
     let disk = SimDisk::new(1);
     let file = file_of(&disk, 3);
-    disk.block_on(write(&file, 0, &[1; 1536]));
+    disk.block_on(write(&file, 0, &[1; 1536])).unwrap();
     let any: BTreeSet<_> = (0..8u8).map(|n| vec![n & 1, n >> 1 & 1, n >> 2 & 1]).collect();
     assert_eq!(states(&disk, POWER, 300), any);
     assert_eq!(states(&disk, Crash::Process, 20), [vec![1, 1, 1]].into());
@@ -158,7 +158,7 @@ fn power_loss_keeps_any_subset_of_sectors() {
 fn hostile_power_loss_tears_sectors() {
     let disk = SimDisk::new(1);
     let file = file_of(&disk, 1);
-    disk.block_on(write(&file, 0, &[1; 512]));
+    disk.block_on(write(&file, 0, &[1; 512])).unwrap();
     let torn = (0..100).any(|seed| {
         let bytes = disk.crash(Crash::Power { unit: 8 }, seed).file("f").unwrap().bytes();
         assert!(bytes.chunks(8).all(|word| word == [word[0]; 8]));
@@ -224,7 +224,7 @@ fn what_is_issued_but_not_applied_may_be_found_after_a_crash() {
 fn the_length_is_durable_on_its_own() {
     let disk = SimDisk::new(1);
     let file = file_of(&disk, 1);
-    disk.block_on(write(&file, 512, &[1; 512]));
+    disk.block_on(write(&file, 512, &[1; 512])).unwrap();
     let all = [vec![0], vec![0, 0], vec![0, 1]].into();
     assert_eq!(states(&disk, POWER, 100), all);
     disk.block_on(sync(&file)).unwrap();

@@ -173,7 +173,7 @@ impl World {
     /// The errno for what must not be asked at all; noted as a violation.
     fn refusal(&mut self, file: usize, kind: OpKind, offset: u64, len: u64) -> Option<i32> {
         let FileState { name, options, .. } = &self.files[file];
-        let fits = |value: u64| value.is_multiple_of(options.alignment.max(1));
+        let fits = |value: u64| value % options.alignment.max(1) == 0;
         let (errno, why) = if self.stopped {
             (libc::EIO, "after the disk was stopped")
         } else if kind.changes() && options.read_only {
