@@ -93,6 +93,7 @@ impl Fates {
                 3 if op <= chosen => Fate::Kept,
                 3 => Fate::Dropped,
                 4 => Fate::Torn,
+                5 => Fate::Dropped,
                 _ if rng.chance(1, 8) => Fate::Torn,
                 _ if rng.chance(keep, 8) => Fate::Kept,
                 _ => Fate::Dropped,
