@@ -5,6 +5,7 @@
 // From the ground up: a module may use those above it, never those below.
 pub mod error;
 pub mod geometry;
+mod log;
 mod shard;
 
 pub mod format;
@@ -22,4 +23,5 @@ pub mod image;
 pub mod admin;
 
 #[allow(unsafe_code)]
-mod capi;
+#[doc(hidden)]
+pub mod capi;
