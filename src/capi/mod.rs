@@ -1,1 +1,34 @@
-//! (under construction)
+//! The C API: what include/qcow2rs.h declares, which is generated from here.
+//!
+//! Thin: an entry point turns C values into Rust ones, makes one call into the
+//! crate, and turns the result back. Each goes through [`entry`], so that no
+//! panic crosses into C and every failure leaves a record. The order of the
+//! modules below is the order of the header's sections, and the first line of
+//! each module is its section's title.
+//!
+//! Hidden from Rust users, who have the crate itself; public for the tests that
+//! compare it with the header.
+#![allow(non_camel_case_types)]
+// The documentation of these items becomes the header, whose conventions say
+// what the caller promises.
+#![allow(clippy::missing_safety_doc)]
+
+/// What the header calls `struct iovec`.
+pub use libc::iovec;
+
+// The entry points that use the rest of these two are yet to come.
+#[macro_use]
+#[allow(dead_code)]
+pub(crate) mod entry;
+#[macro_use]
+#[allow(dead_code, unused_macros)]
+pub(crate) mod handle;
+
+mod version;
+pub use version::*;
+
+mod error;
+pub use error::*;
+
+mod log;
+pub use log::*;
