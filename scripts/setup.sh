@@ -1,0 +1,54 @@
+#!/bin/sh
+# Installs what building and testing need and this machine lacks.  Can be run
+# any number of times.  Packages are Debian's (or Ubuntu's); elsewhere, or
+# without root, it only says what is missing.
+set -eu
+
+missing=''
+need() { # COMMAND PACKAGE
+    command -v "$1" > /dev/null || missing="$missing $2"
+}
+need cc gcc
+need c++ g++
+need ld binutils
+need meson meson
+need ninja ninja-build
+need pkg-config pkg-config
+need python3 python3
+need qemu-img qemu-utils
+need valgrind valgrind
+need mkfs.ext4 e2fsprogs
+has_libclang() { # bindgen, for the tests of the header
+    [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p | grep -q 'libclang.*\.so' ||
+        ls /usr/lib/llvm-*/lib/libclang*.so* > /dev/null 2>&1
+}
+has_libclang || missing="$missing libclang-dev"
+
+if [ -n "$missing" ]; then
+    # shellcheck disable=SC2086 # a list of words
+    set -- $missing
+    echo "setup: missing: $*"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        echo "setup: please install: $* (names of Debian packages)" >&2
+        exit 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"; }; then
+        echo "setup: cannot download; please install: $*" >&2
+        exit 1
+    fi
+fi
+
+minimum=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$(dirname "$0")/../Cargo.toml")
+for tool in cargo rustc rustfmt cargo-clippy; do
+    if ! command -v "$tool" > /dev/null; then
+        echo "setup: please install $tool, of Rust $minimum or later: https://rustup.rs" >&2
+        exit 1
+    fi
+done
+version=$(rustc --version | cut -d' ' -f2)
+if [ "$(printf '%s\n' "$minimum" "$version" | sort -V | head -n1)" != "$minimum" ]; then
+    echo "setup: rustc is $version, please install $minimum or later: https://rustup.rs" >&2
+    exit 1
+fi
+echo "setup: everything is there (rustc $version, meson $(meson --version))"
