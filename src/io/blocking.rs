@@ -76,7 +76,8 @@ impl Engine for Blocking {
             #[cfg(feature = "sim")]
             Backend::Sim(_) => Err(libc::ENOTSUP),
         };
-        done(storage, result, || format!("setting the length to {length}"))
+        let what = format_args!("setting the length to {length}");
+        result.map_err(|errno| storage.refused(errno, what))
     }
 }
 

@@ -14,3 +14,6 @@ pub mod sim;
 mod source;
 pub mod storage;
 pub mod wait;
+
+#[cfg(test)]
+mod tests;

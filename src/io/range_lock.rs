@@ -70,3 +70,38 @@ impl Drop for RangeGuard<'_> {
         self.lock.waiting.wake_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    fn try_lock(lock: &RangeLock, range: Range<u64>, alone: bool) -> Option<RangeGuard<'_>> {
+        let future = pin!(lock.lock(range, alone));
+        match future.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(guard) => Some(guard),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn whole_blocks_share_and_parts_do_not() {
+        let lock = RangeLock::default();
+        let whole = try_lock(&lock, 0..8192, false).unwrap();
+        let other = try_lock(&lock, 4096..12288, false).unwrap();
+        assert!(try_lock(&lock, 4096..8192, true).is_none());
+        assert!(try_lock(&lock, 12288..16384, true).is_some());
+        drop(whole);
+        assert!(try_lock(&lock, 4096..8192, true).is_none());
+        drop(other);
+        let alone = try_lock(&lock, 4096..8192, true).unwrap();
+        assert!(try_lock(&lock, 0..8192, false).is_none());
+        assert!(try_lock(&lock, 4096..8192, true).is_none());
+        assert!(try_lock(&lock, 0..4096, false).is_some());
+        assert!(try_lock(&lock, 8192..u64::MAX, true).is_some());
+        drop(alone);
+        assert!(lock.held().is_empty());
+    }
+}

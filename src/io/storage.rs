@@ -351,7 +351,7 @@ impl Storage {
             Backend::Callbacks(callbacks) if callbacks.abilities().discard => {
                 self.check_writable()?;
                 let what = format_args!("discarding {length} bytes at offset {offset}");
-                callbacks.discard(offset, length).map_err(|errno| self.failed(errno, what))
+                callbacks.discard(offset, length).map_err(|errno| self.refused(errno, what))
             }
             _ => self.zero(engine, offset, length, ZeroMode::Punch).await,
         }
@@ -402,6 +402,15 @@ impl Storage {
         self.alignment
     }
 
+    /// Demands another alignment than the file does.
+    #[cfg(test)]
+    pub(super) fn set_alignment(&mut self, alignment: Alignment) {
+        self.alignment = alignment;
+        if let Backend::File(file) = &mut self.backend {
+            file.alignment = alignment;
+        }
+    }
+
     pub(super) fn ranges(&self) -> &RangeLock {
         &self.ranges
     }
@@ -439,6 +448,19 @@ impl Storage {
                 cause.wrap_as(ErrorKind::Callback(errno), context)
             }
             _ => Error::os(errno, context),
+        }
+    }
+
+    /// The same for an operation that need not be there: `NotSupported` where
+    /// that is what the user's storage says.
+    #[cold]
+    pub(crate) fn refused(&self, errno: i32, what: impl fmt::Display) -> Error {
+        match &self.backend {
+            Backend::Callbacks(_) if errno == libc::ENOTSUP => {
+                let context = format!("{what} of {} is not supported", self.name);
+                Error::new(ErrorKind::NotSupported, context)
+            }
+            _ => self.failed(errno, what),
         }
     }
 

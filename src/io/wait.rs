@@ -263,3 +263,192 @@ impl<T> Drop for AsyncGuard<'_, T> {
         self.mutex.waiting.wake_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::Ordering::SeqCst;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Notes the order in which wakers are woken.
+    struct Note(u32, Arc<Mutex<Vec<u32>>>);
+
+    impl Wake for Note {
+        fn wake(self: Arc<Self>) {
+            self.1.lock().unwrap().push(self.0);
+        }
+    }
+
+    fn notes(count: u32) -> (Vec<Waker>, Arc<Mutex<Vec<u32>>>) {
+        let order = Arc::<Mutex<Vec<u32>>>::default();
+        let waker = |i| Waker::from(Arc::new(Note(i, order.clone())));
+        ((0..count).map(waker).collect(), order)
+    }
+
+    fn poll<F: Future>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Output> {
+        future.poll(&mut Context::from_waker(waker))
+    }
+
+    #[test]
+    fn woken_in_the_order_of_coming() {
+        let list = WaitList::new();
+        let (wakers, order) = notes(4);
+        let mut tickets = [None; 4];
+        for i in [2, 0, 3, 1] {
+            list.register(&mut tickets[i], &wakers[i]);
+        }
+        // Registering again keeps the place, leaving gives it up.
+        list.register(&mut tickets[2], &wakers[2]);
+        list.unregister(tickets[3].unwrap());
+        list.wake_all();
+        list.wake_all();
+        assert_eq!(*order.lock().unwrap(), [2, 0, 1]);
+    }
+
+    #[test]
+    fn until_looks_leaves_and_follows_its_task() {
+        let list = WaitList::new();
+        let (wakers, order) = notes(3);
+        let ready = AtomicBool::new(false);
+        let is_ready = || ready.load(SeqCst).then_some(7);
+        let mut first = pin!(list.until(is_ready));
+        assert!(poll(first.as_mut(), &wakers[0]).is_pending());
+        {
+            let mut dropped = pin!(list.until(is_ready));
+            assert!(poll(dropped.as_mut(), &wakers[1]).is_pending());
+        }
+        // Polled by another task now: that one is to be woken.
+        assert!(poll(first.as_mut(), &wakers[2]).is_pending());
+        ready.store(true, SeqCst);
+        list.wake_all();
+        assert_eq!(*order.lock().unwrap(), [2]);
+        assert_eq!(poll(first, &wakers[2]), Poll::Ready(7));
+        assert_eq!(list.count.load(SeqCst), 0);
+    }
+
+    /// A change between looking and registering must not be missed.
+    #[test]
+    fn no_wake_up_is_lost() {
+        let list = WaitList::new();
+        let turn = AtomicU32::new(0);
+        const ROUNDS: u32 = 20_000;
+        thread::scope(|scope| {
+            for me in 0..2 {
+                let (list, turn) = (&list, &turn);
+                scope.spawn(move || {
+                    for round in 0..ROUNDS {
+                        let mine = round * 2 + me;
+                        block_on(list.until(|| (turn.load(SeqCst) == mine).then_some(())));
+                        turn.store(mine + 1, SeqCst);
+                        list.wake_all();
+                    }
+                });
+            }
+        });
+        assert_eq!(turn.into_inner(), 2 * ROUNDS);
+    }
+
+    #[test]
+    fn block_on_parks_until_woken() {
+        let flag = Arc::new(AtomicBool::new(false));
+        let polls = AtomicU32::new(0);
+        let future = poll_fn(|context| {
+            if flag.load(SeqCst) {
+                return Poll::Ready(5);
+            }
+            if polls.fetch_add(1, SeqCst) == 0 {
+                let (flag, waker) = (flag.clone(), context.waker().clone());
+                thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(30));
+                    flag.store(true, SeqCst);
+                    waker.wake();
+                });
+            }
+            Poll::Pending
+        });
+        assert_eq!(block_on(future), 5);
+        // One more at most, left over from somebody else's use of the thread.
+        assert!(polls.into_inner() <= 2, "it must not spin");
+    }
+
+    /// A wake-up that comes while an inner `block_on` parks is not lost to the
+    /// outer one.
+    #[test]
+    fn block_on_nests() {
+        let mut step = 0;
+        let future = poll_fn(|context| {
+            step += 1;
+            if step > 1 {
+                return Poll::Ready(());
+            }
+            // For the outer future, but the inner one takes the wake-up.
+            context.waker().wake_by_ref();
+            let mut inner = 0;
+            block_on(poll_fn(|_| {
+                inner += 1;
+                if inner > 1 { Poll::Ready(()) } else { Poll::Pending }
+            }));
+            Poll::Pending
+        });
+        block_on(future);
+        assert_eq!(step, 2);
+    }
+
+    /// Gives way once, so that others get to run while the mutex is held.
+    async fn give_way() {
+        let mut polled = false;
+        poll_fn(|context| {
+            context.waker().wake_by_ref();
+            if std::mem::replace(&mut polled, true) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    #[test]
+    fn one_has_the_mutex_at_a_time() {
+        let mutex = AsyncMutex::new((0u32, 0u32));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        block_on(async {
+                            let mut held = mutex.lock().await;
+                            held.0 += 1;
+                            let seen = held.0;
+                            give_way().await;
+                            held.1 += 1;
+                            assert_eq!((held.0, held.1), (seen, seen));
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(*mutex.try_lock().unwrap(), (8000, 8000));
+    }
+
+    #[test]
+    fn a_task_nobody_drives_delays_nobody() {
+        let mutex = AsyncMutex::new(());
+        let (wakers, order) = notes(3);
+        let held = mutex.try_lock().unwrap();
+        assert!(mutex.try_lock().is_none());
+        let mut asleep = pin!(mutex.lock());
+        assert!(poll(asleep.as_mut(), &wakers[0]).is_pending());
+        let mut awake = Box::pin(mutex.lock());
+        assert!(poll(awake.as_mut(), &wakers[1]).is_pending());
+        drop(held);
+        assert_eq!(*order.lock().unwrap(), [0, 1]);
+        let Poll::Ready(held) = poll(awake.as_mut(), &wakers[1]) else {
+            panic!("free, and yet not to be had");
+        };
+        // Given up while waiting: leaves nothing behind.
+        drop(held);
+        drop(awake);
+        assert!(poll(asleep, &wakers[0]).is_ready());
+        assert_eq!(mutex.waiting.count.load(SeqCst), 0);
+    }
+}

@@ -38,8 +38,9 @@ const _: () = assert!(size_of::<libc::off_t>() == 8, "needs 64-bit file offsets"
 /// Iovecs handed to the kernel at a time.
 const BATCH: usize = 64;
 /// Bytes handed to the kernel at a time; it takes no more anyway. A multiple of
-/// every page size, so that a direct transfer stays aligned.
-const MAX_TRANSFER: usize = 0x7fff_0000;
+/// every page size, so that a direct transfer stays aligned. Tests have to meet
+/// the limit, too.
+const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
 
 /// Zeroes to write, aligned for direct I/O.
 #[repr(align(4096))]
@@ -263,4 +264,74 @@ pub fn device_length(fd: BorrowedFd<'_>) -> SysResult<u64> {
     let result =
         unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64 as _, std::ptr::from_mut(&mut length)) };
     if result < 0 { Err(errno()) } else { Ok(length) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// Iovecs over the same memory, `count` times.
+    fn repeated(memory: &mut [u8], count: usize) -> Vec<libc::iovec> {
+        let iov = libc::iovec { iov_base: memory.as_mut_ptr().cast(), iov_len: memory.len() };
+        vec![iov; count]
+    }
+
+    #[test]
+    fn long_lists_and_long_ranges_are_cut_up() {
+        let file = tempfile::tempfile().unwrap();
+        // More iovecs than a batch, more bytes than a transfer, and a range that
+        // the limit of a transfer falls into.
+        for (size, count) in [(1, 1000), (1000, 200), (50_001, 5), (3 * MAX_TRANSFER + 5, 1)] {
+            let mut data: Vec<u8> = (0..size).map(|i| i as u8 | 1).collect();
+            let list = repeated(&mut data, count);
+            // SAFETY: the array and the memory outlive the handle.
+            let from = unsafe { GuestRef::from_iovec(list.as_ptr(), count) }.unwrap();
+            write(file.as_fd(), [Bytes::Memory(from)].into_iter(), 7).unwrap();
+            let mut all = vec![0; size * count];
+            read(file.as_fd(), GuestMut::from_slice(&mut all), 7, 1).unwrap();
+            assert!(all.chunks(size).all(|chunk| chunk == data), "{size} bytes {count} times");
+
+            let mut back = vec![0; size];
+            let list = repeated(&mut back, count);
+            // SAFETY: as above; the parts overlap, which a read does not mind.
+            let to = unsafe { GuestMut::from_iovec(list.as_ptr(), count) }.unwrap();
+            read(file.as_fd(), to, 7, 1).unwrap();
+            assert_eq!(back, data);
+            file.set_len(0).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_gathered_list_is_all_of_it() {
+        let parts = [
+            Bytes::Memory(GuestRef::from_slice(b"abc")),
+            Bytes::Zeroes(0),
+            Bytes::Zeroes(100_000),
+            Bytes::Memory(GuestRef::from_slice(b"de")),
+        ];
+        let gathered = Gathered::new(parts.into_iter());
+        let guest = gathered.guest().unwrap();
+        assert_eq!(guest.len(), 100_005);
+        let mut out = vec![1; 100_005];
+        guest.copy_to(0, &mut out);
+        assert_eq!((&out[..4], &out[100_002..]), (&b"abc\0"[..], &b"\0de"[..]));
+        assert!(Gathered::new([].into_iter()).guest().unwrap().is_empty());
+    }
+
+    #[test]
+    fn errors_are_errno_values() {
+        let file = tempfile::tempfile().unwrap();
+        let reader = std::fs::File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let part = Bytes::Memory(GuestRef::from_slice(b"abc"));
+        let refused = write(reader.as_fd(), [part].into_iter(), 0);
+        assert_eq!(refused, Err(libc::EBADF));
+        let refused = write(reader.as_fd(), [part, part].into_iter(), 0);
+        assert_eq!(refused, Err(libc::EBADF));
+        let mut bytes = [0; 8];
+        let refused = read(file.as_fd(), GuestMut::from_slice(&mut bytes), u64::MAX - 3, 1);
+        assert_eq!(refused, Err(libc::EINVAL));
+        assert_eq!(device_length(file.as_fd()), Err(libc::ENOTTY));
+    }
 }
