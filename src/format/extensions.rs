@@ -27,7 +27,7 @@ const FEATURE_RECORD: usize = 48;
 const FEATURE_NAME: usize = 46;
 
 /// `crypt_method` of an image encrypted by LUKS.
-const CRYPT_LUKS: u32 = 2;
+pub(super) const CRYPT_LUKS: u32 = 2;
 
 /// Everything the extensions say, except the backing file's format, which
 /// belongs to [`super::header::BackingRef`].

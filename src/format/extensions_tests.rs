@@ -224,6 +224,7 @@ fn encryption_header_is_for_luks_16_bytes_and_aligned() {
     };
     let data = [0x1200u64.to_be_bytes(), 99u64.to_be_bytes()].concat();
     assert_eq!(parse(2, &data), Ok(Some(CryptoExt { offset: 0x1200, length: 99 })));
+    assert_eq!(parse_patched(&[(32, &2u32.to_be_bytes())]), Err(ErrorKind::BadHeader), "none");
     assert_eq!(parse(1, &data), Err(ErrorKind::BadHeader));
     assert_eq!(parse(0, &data), Err(ErrorKind::BadHeader));
     assert_eq!(parse(2, &data[..15]), Err(ErrorKind::BadHeader));

@@ -300,6 +300,6 @@ impl Header {
 
 /// The low 12 bytes of a number, big endian.
 fn patch(fields: u128) -> [u8; 12] {
-    let bytes = fields.to_be_bytes();
-    std::array::from_fn(|i| bytes[i + 4])
+    let [_, _, _, _, patch @ ..] = fields.to_be_bytes();
+    patch
 }

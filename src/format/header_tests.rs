@@ -279,8 +279,8 @@ fn a_table_at_offset_0_is_readable_but_not_writable() {
 }
 
 #[test]
-fn encryption_methods_end_at_2() {
-    for (method, opens) in [(0u32, true), (1, true), (2, true), (3, false), (u32::MAX, false)] {
+fn encryption_methods_end_at_luks_which_needs_a_header() {
+    for (method, opens) in [(0u32, true), (1, true), (2, false), (3, false), (u32::MAX, false)] {
         assert_eq!(parse_patched(&[(32, &method.to_be_bytes())]).is_ok(), opens, "{method}");
     }
 }

@@ -1,6 +1,12 @@
 //! The qcow2 format: bytes to types and back. Pure: no I/O, no state, no panic
 //! on any input. It knows what an image may say, not what the driver does.
 
+// What an image says must not be able to panic; tests may.
+#![cfg_attr(
+    not(test),
+    deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic)
+)]
+
 pub mod bitmap;
 mod bytes;
 pub mod compressed;

@@ -1,7 +1,7 @@
 //! Reading a header: QEMU's checks, in QEMU's order where it shows.
 
 use super::super::bytes::{Reader, c_string};
-use super::super::extensions::{Extensions, Fields};
+use super::super::extensions::{CRYPT_LUKS, Extensions, Fields};
 use super::super::features::describe_incompatible;
 use super::super::limits::{
     MAX_BACKING_NAME, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFCOUNT_ORDER,
@@ -210,6 +210,9 @@ impl Header {
             bitmaps_valid: raw.autoclear & autoclear::BITMAPS != 0,
         };
         let (extensions, backing_format) = Extensions::parse(area, fields)?;
+        if raw.crypt_method == CRYPT_LUKS && extensions.crypto.is_none() {
+            return Err(bad("the image is LUKS encrypted, but has no encryption header"));
+        }
         let name = backing_name(cluster, backing_offset, raw.backing_length)?;
         Ok(Header {
             version,
