@@ -193,6 +193,8 @@ pub struct Error(Box<Inner>);
 struct Inner {
     kind: ErrorKind,
     context: String,
+    /// The trouble is in an image below the one that was asked.
+    from_below: bool,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -207,7 +209,7 @@ impl Error {
     /// the file, the offset and, where there is one, the remedy.
     #[cold]
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Error {
-        Error(Box::new(Inner { kind, context: context.into(), source: None }))
+        Error(Box::new(Inner { kind, context: context.into(), from_below: false, source: None }))
     }
 
     /// Metadata that contradicts itself.
@@ -229,6 +231,7 @@ impl Error {
         Error(Box::new(Inner {
             kind: ErrorKind::from_errno(errno),
             context: context.into(),
+            from_below: false,
             source: Some(Box::new(source)),
         }))
     }
@@ -245,7 +248,23 @@ impl Error {
     #[cold]
     #[must_use]
     pub fn wrap_as(self, kind: ErrorKind, context: impl Into<String>) -> Error {
-        Error(Box::new(Inner { kind, context: context.into(), source: Some(Box::new(self)) }))
+        let from_below = self.0.from_below;
+        let source = Some(Box::new(self).into());
+        Error(Box::new(Inner { kind, context: context.into(), from_below, source }))
+    }
+
+    /// Says that the trouble is in an image below the one that was asked: it
+    /// tells nothing about that one.
+    #[cold]
+    #[must_use]
+    pub fn mark_from_below(mut self) -> Error {
+        self.0.from_below = true;
+        self
+    }
+
+    /// Whether the trouble is in an image below.
+    pub fn is_from_below(&self) -> bool {
+        self.0.from_below
     }
 
     /// What went wrong.

@@ -1,1 +1,10 @@
-//! (under construction)
+//! Host clusters: who uses them, which are free, and when a freed one may be
+//! used again. It knows nothing of the guest's disk.
+
+pub mod allocator;
+pub mod epoch;
+mod grow;
+pub mod health;
+pub mod limbo;
+pub mod overlap;
+pub mod refcounts;

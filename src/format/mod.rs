@@ -13,9 +13,11 @@ pub mod compressed;
 pub mod extensions;
 pub mod features;
 pub mod header;
+pub mod l2;
 pub mod limits;
 pub mod refcount;
 pub mod snapshot;
+pub mod subcluster;
 
 #[cfg(test)]
 mod bitmap_tests;

@@ -1,17 +1,32 @@
 //! The handle that programs hold: blocking calls, and the operations that need
 //! the image for themselves (close, invalidate, reopen).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 
+use super::disk::{Disk, Layer};
 use super::info::{Info, Stats, StoredReference};
+use super::open::access;
 use super::options::{OpenOptions, ReferenceKind};
+pub use super::status::Extent;
+pub use super::zero::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::storage::Source;
+use crate::io::blocking::Blocking;
+use crate::io::engine::{Piece, Target};
+use crate::io::storage::{Source, Storage};
+use crate::io::wait::block_on;
+use crate::shard::Sharded;
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// An open image. All methods may be called from any thread at any time, unless
-/// they say otherwise.
-pub struct Image {}
+/// they say otherwise. Dropping it without `close` gives up what was not flushed,
+/// as a crash would.
+pub struct Image {
+    /// Each group of threads has a lock of its own, so that calls on different
+    /// threads do not meet; who needs the image for itself takes all of them.
+    doors: Sharded<RwLock<Option<Arc<Disk>>>>,
+    /// The same disk, for questions that are answered at any time.
+    current: Mutex<Option<Arc<Disk>>>,
+}
 
 /// Flags of a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,99 +37,178 @@ pub struct WriteFlags {
     pub unchanged: bool,
 }
 
-/// Flags of a zero write.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ZeroFlags {
-    /// Durable on completion.
-    pub fua: bool,
-    /// May deallocate.
-    pub may_unmap: bool,
-    /// `NotSupported` rather than writing zero bytes.
-    pub no_fallback: bool,
+/// All doors, closed to everybody else.
+struct Exclusive<'a> {
+    doors: Vec<RwLockWriteGuard<'a, Option<Arc<Disk>>>>,
+    image: &'a Image,
 }
 
-/// A range of the virtual disk and where its content comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Guest offset.
-    pub offset: u64,
-    /// Bytes, > 0.
-    pub length: u64,
-    /// Where the bytes are in the storage of the layer `depth`.
-    pub host_offset: Option<u64>,
-    /// Reads come from stored data.
-    pub data: bool,
-    /// Reads as zero.
-    pub zero: bool,
-    /// Defined in layer `depth`.
-    pub allocated: bool,
-    /// Stored compressed.
-    pub compressed: bool,
-    /// Ends at the virtual size.
-    pub eof: bool,
-    /// 0: this image, 1: its backing image, ...
-    pub depth: u32,
+impl Exclusive<'_> {
+    /// The disk behind the doors from now on.
+    fn replace(&mut self, disk: Option<Arc<Disk>>) {
+        *self.image.current() = disk.clone();
+        for door in &mut self.doors {
+            **door = disk.clone();
+        }
+    }
 }
 
-fn unfinished<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::NotSupported, "under construction"))
+fn closed() -> Error {
+    Error::invalid("the image is closed")
 }
 
 impl Image {
     /// Opens an image. Blocks.
     pub fn open(source: Arc<Source>, options: &OpenOptions) -> Result<Image> {
-        let _ = (source, options);
-        unfinished()
+        options.validate()?;
+        let disk = block_on(Disk::open(&Blocking, source, options))?;
+        Ok(Image::from_disk(disk))
+    }
+
+    /// As `open`, on a storage that is open, and locked, already.
+    pub(crate) fn open_storage(storage: Storage, options: &OpenOptions) -> Result<Image> {
+        options.validate()?;
+        let disk = block_on(Disk::open_storage(&Blocking, storage, options))?;
+        Ok(Image::from_disk(disk))
+    }
+
+    fn from_disk(disk: Disk) -> Image {
+        let disk = Arc::new(disk);
+        Image {
+            doors: Sharded::new(|| RwLock::new(Some(disk.clone()))),
+            current: Mutex::new(Some(disk)),
+        }
+    }
+
+    fn current(&self) -> MutexGuard<'_, Option<Arc<Disk>>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk for a question that does not wait for anybody.
+    fn disk(&self) -> Result<Arc<Disk>> {
+        self.current().clone().ok_or_else(closed)
+    }
+
+    /// Calls `call` with the disk, through this thread's door.
+    #[inline]
+    fn enter<R>(&self, call: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+        let door = self.doors.local().read().unwrap_or_else(PoisonError::into_inner);
+        let disk = door.as_deref().ok_or_else(closed)?;
+        if disk.options.check_only {
+            return Err(Error::new(
+                ErrorKind::NotSupported,
+                "the image is open for checking only: no data is read or written",
+            ));
+        }
+        call(disk)
+    }
+
+    /// Closes all doors; `Busy` if somebody is inside.
+    fn exclusive(&self) -> Result<Exclusive<'_>> {
+        let mut doors = Vec::new();
+        for door in self.doors.iter() {
+            doors.push(match door.try_write() {
+                Ok(guard) => guard,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::new(
+                        ErrorKind::Busy,
+                        "another call is in progress on this image",
+                    ));
+                }
+            });
+        }
+        Ok(Exclusive { doors, image: self })
     }
 
     /// Flushes and releases. `Busy` if another thread is inside a call: the
     /// image stays as it was. After any other result the image is closed, and
     /// all calls but drop are errors.
     pub fn close(&self) -> Result<()> {
-        unfinished()
+        let mut all = self.exclusive()?;
+        let disk = self.disk()?;
+        let settled = block_on(disk.settle(&Blocking));
+        all.replace(None);
+        settled
     }
 
     /// Releases without writing anything. `Busy` as for close.
     pub fn abandon(&self) -> Result<()> {
-        unfinished()
+        self.exclusive()?.replace(None);
+        Ok(())
     }
 
     /// Drops all caches and reads the chain's metadata again. `InvalidArgument`
-    /// on an image open for writing; `Busy`.
+    /// on an image open for writing; `Busy`. On failure the old state stands.
     pub fn invalidate(&self) -> Result<()> {
-        unfinished()
+        let disk = self.disk()?;
+        if disk.options.writable {
+            return Err(Error::invalid("invalidate is for images that are open read-only"));
+        }
+        self.change(&disk.options.clone())
     }
 
-    /// Changes between read-only and read-write, with or without locks.
+    /// Changes between read-only and read-write, with or without locks. `Locked`,
+    /// and all errors of open; on failure the old state stands.
     pub fn reopen(&self, writable: bool, lock: bool) -> Result<()> {
-        let _ = (writable, lock);
-        unfinished()
+        let options = self.disk()?.options.clone();
+        self.change(&OpenOptions { writable, lock, ..options })
     }
 
-    /// Size of the virtual disk in bytes.
+    /// Opens the same storage and its chain again with other options.
+    fn change(&self, options: &OpenOptions) -> Result<()> {
+        let mut all = self.exclusive()?;
+        let old = self.disk()?;
+        block_on(old.settle(&Blocking))?;
+        let Some(top) = old.layers.first() else { return Err(closed()) };
+        let storage = top.storage().change_access(access(options))?;
+        match block_on(Disk::open_storage(&Blocking, storage, options)) {
+            Ok(disk) => {
+                all.replace(Some(Arc::new(disk)));
+                Ok(())
+            }
+            Err(error) => {
+                top.storage().relock()?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Size of the virtual disk in bytes; 0 when closed.
     pub fn size(&self) -> u64 {
-        0
+        self.current().as_ref().map_or(0, |disk| disk.size())
     }
 
     /// What this image is.
     pub fn info(&self) -> Result<Info> {
-        unfinished()
+        self.disk()?.info()
     }
 
     /// The same as JSON, in the members of `qemu-img info --output=json`.
     pub fn info_json(&self) -> Result<String> {
-        unfinished()
+        Ok(self.info()?.to_json())
     }
 
     /// Counters since open.
     pub fn stats(&self) -> Stats {
-        Stats::default()
+        self.disk().map_or_else(|_| Stats::default(), |disk| disk.stats())
     }
 
     /// A reference as the header stores it; `None` if there is none.
     pub fn reference(&self, kind: ReferenceKind) -> Option<StoredReference> {
-        let _ = kind;
-        None
+        let disk = self.disk().ok()?;
+        let header = &disk.top()?.header;
+        match kind {
+            ReferenceKind::Backing => header.backing.as_ref().map(|backing| StoredReference {
+                name: backing.name.clone(),
+                format: backing.format.clone(),
+            }),
+            ReferenceKind::Data => header
+                .extensions
+                .data_file
+                .as_ref()
+                .map(|name| StoredReference { name: name.clone(), format: None }),
+        }
     }
 
     /// Reads into a buffer. `InvalidArgument` past the end of the disk.
@@ -128,50 +222,62 @@ impl Image {
     }
 
     /// As `read_at`, into the caller's memory by handle.
+    #[inline]
     pub(crate) fn read_guest(&self, to: GuestMut<'_>, offset: u64) -> Result<()> {
-        let _ = (to, offset);
-        unfinished()
+        self.enter(|disk| block_on(disk.read(&Blocking, Target::Guest(to), offset)))
     }
 
     /// As `write_at`, from the caller's memory by handle.
+    #[inline]
     pub(crate) fn write_guest(
         &self,
         from: GuestRef<'_>,
         offset: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        let _ = (from, offset, flags);
-        unfinished()
+        self.enter(|disk| block_on(disk.write(&Blocking, Piece::Guest(from), offset, flags.fua)))
     }
 
     /// Makes a range read as zero.
     pub fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Result<()> {
-        let _ = (offset, length, flags);
-        unfinished()
+        self.enter(|disk| block_on(disk.write_zeroes(&Blocking, offset, length, flags)))
     }
 
     /// Gives a range up: a hint.
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        let _ = (offset, length);
-        unfinished()
+        self.enter(|disk| block_on(disk.discard(&Blocking, offset, length)))
     }
 
     /// Makes durable everything that completed before this call.
     pub fn flush(&self) -> Result<()> {
-        unfinished()
+        self.enter(|disk| block_on(disk.flush(&Blocking)))
     }
 
-    /// Appends up to `max` extents that cover the range from its start on.
-    /// `this_layer`: do not descend into the backing chain.
+    /// Calls `out` with up to `max` extents that cover the range from its start
+    /// on. `this_layer`: do not descend into the backing chain.
     pub fn block_status(
         &self,
         offset: u64,
         length: u64,
         this_layer: bool,
         max: usize,
-        out: &mut dyn FnMut(Extent),
+        out: &mut (dyn FnMut(Extent) + Send),
     ) -> Result<()> {
-        let _ = (offset, length, this_layer, max, out);
-        unfinished()
+        self.enter(|disk| {
+            block_on(disk.block_status(&Blocking, offset, length, this_layer, max, out))
+        })
+    }
+}
+
+impl Disk {
+    /// See `Qcow2::settle`; a raw image is synced.
+    async fn settle(&self, engine: &Blocking) -> Result<()> {
+        match self.layers.first() {
+            Some(Layer::Qcow2(image)) => match image.settle(engine).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(self.note_corruption(engine, error).await),
+            },
+            _ => self.flush(engine).await,
+        }
     }
 }

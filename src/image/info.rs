@@ -1,7 +1,13 @@
 //! What can be told about an open image: its header, its geometry, its size on
 //! disk, and counters.
 
-use crate::image::options::Format;
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::disk::{Disk, Layer};
+use super::options::Format;
+use super::qcow2::Qcow2;
+use crate::error::{Error, Result};
+use crate::format::header::incompatible::CORRUPT;
 
 /// What an open image is. Sizes are in bytes.
 #[derive(Clone, Debug)]
@@ -93,4 +99,91 @@ pub struct Stats {
     pub metadata_bytes: u64,
     pub clusters_allocated: u64,
     pub clusters_freed: u64,
+}
+
+impl Qcow2 {
+    fn info(&self) -> Qcow2Info {
+        let header = &self.header;
+        let geometry = self.geometry();
+        let corrupt = self.writing.as_ref().is_some_and(|w| w.allocator.health.is_corrupt());
+        Qcow2Info {
+            version: header.version,
+            cluster_size: geometry.cluster_size() as u32,
+            subcluster_size: geometry.subcluster_size() as u32,
+            extended_l2: geometry.extended_l2,
+            refcount_bits: header.refcount_bits(),
+            compression_type: u32::from(header.compression),
+            snapshot_count: header.snapshot_count,
+            bitmap_count: header.extensions.bitmaps.as_ref().map_or(0, |ext| ext.count),
+            incompatible: header.incompatible | if corrupt { CORRUPT } else { 0 },
+            compatible: header.compatible,
+            autoclear: header.autoclear,
+            crypt_method: header.crypt_method,
+            backing: header.backing.as_ref().map(|backing| StoredReference {
+                name: backing.name.clone(),
+                format: backing.format.clone(),
+            }),
+        }
+    }
+}
+
+impl Disk {
+    /// What this disk's own image is.
+    pub fn info(&self) -> Result<Info> {
+        let Some(top) = self.layers.first() else {
+            return Err(Error::invalid("a disk without an image"));
+        };
+        let storage = top.storage();
+        let (format, qcow2) = match top {
+            Layer::Qcow2(image) => (Format::Qcow2, Some(image.info())),
+            Layer::Raw(_) => (Format::Raw, None),
+        };
+        let granule = qcow2.as_ref().map_or(1, |qcow2| qcow2.subcluster_size);
+        Ok(Info {
+            virtual_size: top.size(),
+            file_length: storage.length()?,
+            allocated_size: storage.allocated()?,
+            format,
+            writable: self.options.writable,
+            file_name: storage.name().to_owned(),
+            qcow2,
+            chain_depth: self.layers.len() as u32 - 1,
+            buffer_alignment: storage.buffer_alignment(),
+            optimal_io_size: if granule > 1 { granule } else { 0 },
+            discard_alignment: granule,
+        })
+    }
+
+    /// Counters of this disk's own image.
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats::default();
+        let mut lookups = 0;
+        for counters in self.requests.iter() {
+            stats.guest_reads += counters.reads.load(Relaxed);
+            stats.guest_read_bytes += counters.read_bytes.load(Relaxed);
+            stats.guest_writes += counters.writes.load(Relaxed);
+            stats.guest_write_bytes += counters.write_bytes.load(Relaxed);
+            lookups += counters.lookups.load(Relaxed);
+        }
+        let Some(top) = self.layers.first() else { return stats };
+        let storage = top.storage().counters();
+        stats.storage_reads = storage.reads;
+        stats.storage_read_bytes = storage.read_bytes;
+        stats.storage_writes = storage.writes;
+        stats.storage_write_bytes = storage.write_bytes;
+        stats.storage_syncs = storage.syncs;
+        let Layer::Qcow2(image) = top else { return stats };
+        stats.l2_cache_misses = image.misses.load(Relaxed);
+        stats.l2_cache_hits = (lookups + stats.guest_reads + stats.guest_writes)
+            .saturating_sub(stats.l2_cache_misses);
+        stats.l2_cache_evictions = image.l2.evictions();
+        stats.metadata_bytes = image.l2.bytes() + image.l1.len() as u64 * 8;
+        if let Some(writing) = &image.writing {
+            stats.cow_bytes = writing.cow_bytes.load(Relaxed);
+            let allocator = &writing.allocator;
+            (stats.clusters_allocated, stats.clusters_freed) = allocator.totals();
+            stats.metadata_bytes += allocator.refcounts.bytes() + allocator.overlap.bytes();
+        }
+        stats
+    }
 }

@@ -85,7 +85,32 @@ pub trait Engine: Send + Sync {
     ) -> impl Future<Output = Result<()>> + Send + 'a;
 }
 
-impl Target<'_> {
+impl<'a> Target<'a> {
+    /// The part of `len` bytes from `at` on; panics if it is not there.
+    #[must_use]
+    pub fn sub(&self, at: usize, len: usize) -> Target<'a> {
+        match self {
+            Target::Guest(memory) => Target::Guest(memory.sub(at, len)),
+            Target::Block(memory) => Target::Block(memory.sub(at, len)),
+        }
+    }
+
+    /// Fills all of it with zeroes.
+    pub fn fill_zero(&self) {
+        match self {
+            Target::Guest(memory) => memory.fill_zero(),
+            Target::Block(memory) => memory.fill_zero(),
+        }
+    }
+
+    /// Fills all of it from `data`, which is as long.
+    pub fn copy_from(&self, data: &[u8]) {
+        match self {
+            Target::Guest(memory) => memory.copy_from(0, data),
+            Target::Block(memory) => memory.copy_from(0, data),
+        }
+    }
+
     /// Number of bytes.
     pub fn len(&self) -> usize {
         match self {
@@ -100,7 +125,20 @@ impl Target<'_> {
     }
 }
 
-impl Piece<'_> {
+impl<'a> Piece<'a> {
+    /// The part of `len` bytes from `at` on; panics if it is not there.
+    #[must_use]
+    pub fn sub(&self, at: usize, len: usize) -> Piece<'a> {
+        match self {
+            Piece::Guest(memory) => Piece::Guest(memory.sub(at, len)),
+            Piece::Block(memory) => Piece::Block(memory.sub(at, len)),
+            Piece::Zeroes(all) => {
+                assert!(at <= *all && len <= *all - at, "part of zeroes out of range");
+                Piece::Zeroes(len)
+            }
+        }
+    }
+
     /// Number of bytes.
     pub fn len(&self) -> usize {
         match self {

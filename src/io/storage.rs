@@ -159,6 +159,18 @@ impl Storage {
         Ok(new)
     }
 
+    /// Takes the lock again that `change_access` took away, when its successor is
+    /// gone. Errors: as of `open`.
+    pub fn relock(&self) -> Result<()> {
+        if let (Backend::File(file), true) = (&self.backend, self.access.lock) {
+            let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            if held.is_none() {
+                *held = Some(acquire(file, &self.source, self.access, &self.name)?);
+            }
+        }
+        Ok(())
+    }
+
     /// What it was opened from.
     pub fn source(&self) -> &Arc<Source> {
         &self.source

@@ -1,0 +1,411 @@
+//! Gives out host clusters.
+//!
+//! Refcounts are raised ahead, in runs; a request takes clusters off the current
+//! run under a short lock and does no I/O. When the run is used up, one request
+//! finds the next: the lowest free clusters, as QEMU does, after the end of the
+//! file if there are none before it. What is left of a run when the image is
+//! closed is given back; after a crash it is a leak, never corruption.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::epoch::Epochs;
+use super::health::Health;
+use super::limbo::Limbo;
+use super::overlap::{Metadata, OverlapIndex};
+use super::refcounts::Refcounts;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::limits::MAX_HOST_OFFSET;
+use crate::geometry::{Geometry, HostOffset};
+use crate::io::engine::{Engine, Piece};
+use crate::io::storage::Storage;
+use crate::io::wait::AsyncMutex;
+use crate::sys::memory::Block;
+
+/// Runs begin with this many bytes and double up to the maximum.
+const FIRST_RUN: u64 = 1 << 20;
+const LONGEST_RUN: u64 = 64 << 20;
+const FEWEST_CLUSTERS: u64 = 16;
+
+/// The allocator of an image that is open for writing.
+pub struct Allocator {
+    pub(super) geometry: Geometry,
+    pub(super) state: Mutex<State>,
+    /// Held by whoever looks for the next run.
+    refilling: AsyncMutex<()>,
+    /// The refcounts.
+    pub refcounts: Refcounts,
+    /// Freed clusters that may not be used yet.
+    pub limbo: Limbo,
+    /// Who is inside.
+    pub epochs: Epochs,
+    /// Where metadata is.
+    pub overlap: Arc<OverlapIndex>,
+    /// Sticky failures.
+    pub health: Arc<Health>,
+    allocated: AtomicU64,
+    freed: AtomicU64,
+}
+
+pub(super) struct State {
+    /// Refcount raised, not given out.
+    run: Range<u64>,
+    run_is_fresh: bool,
+    next_run_bytes: u64,
+    /// No cluster below has a refcount of 0, as far as is known.
+    hint: u64,
+    /// From here on no cluster has ever been written: they read as zero.
+    pub fresh_from: u64,
+    /// Length of the file as far as this allocator made it.
+    pub file_length: u64,
+    /// Given out, then not used: refcount raised, content arbitrary.
+    returned: Vec<u64>,
+    /// As `returned`, but an operation on them may still be under way.
+    abandoned: Vec<u64>,
+}
+
+/// Neighbouring clusters just allocated, refcount 1. Whoever gets them must
+/// `keep` them when a pointer to them is in place, or `give_back`; if neither
+/// happens (a cancelled request) they stay unused until the image is closed.
+pub struct Allocation<'a> {
+    allocator: &'a Allocator,
+    clusters: Range<u64>,
+    fresh: bool,
+}
+
+impl Allocation<'_> {
+    /// Number of clusters.
+    pub fn count(&self) -> u64 {
+        self.clusters.end - self.clusters.start
+    }
+
+    /// Where the first cluster begins.
+    pub fn start(&self) -> Result<HostOffset> {
+        HostOffset::new(self.clusters.start << self.allocator.geometry.cluster_bits)
+            .ok_or_else(|| Error::corrupt("the header's cluster was taken for a free one"))
+    }
+
+    /// Whether their bytes are known to be zero, also after a power loss.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Something points to the clusters now.
+    pub fn keep(mut self) {
+        self.allocator.allocated.fetch_add(self.count(), Ordering::Relaxed);
+        self.clusters = 0..0;
+    }
+
+    /// Not needed after all, and nothing is under way on them.
+    pub fn give_back(mut self) {
+        let clusters = std::mem::replace(&mut self.clusters, 0..0);
+        self.allocator.lock().returned.extend(clusters);
+    }
+}
+
+impl Drop for Allocation<'_> {
+    fn drop(&mut self) {
+        if !self.clusters.is_empty() {
+            self.allocator.lock().abandoned.extend(self.clusters.clone());
+        }
+    }
+}
+
+impl Allocator {
+    /// The allocator of an image whose file is `file_length` bytes long.
+    pub fn new(
+        geometry: Geometry,
+        refcounts: Refcounts,
+        overlap: Arc<OverlapIndex>,
+        health: Arc<Health>,
+        storage: &Storage,
+        file_length: u64,
+    ) -> Allocator {
+        // Nobody knows what a device holds behind the image.
+        let fixed = storage.capacity().is_some();
+        let fresh_from = if fixed { u64::MAX } else { geometry.clusters_for(file_length) };
+        Allocator {
+            geometry,
+            state: Mutex::new(State {
+                run: 0..0,
+                run_is_fresh: false,
+                next_run_bytes: FIRST_RUN,
+                hint: 0,
+                fresh_from,
+                file_length,
+                returned: Vec::new(),
+                abandoned: Vec::new(),
+            }),
+            refilling: AsyncMutex::new(()),
+            refcounts,
+            limbo: Limbo::default(),
+            epochs: Epochs::default(),
+            overlap,
+            health,
+            allocated: AtomicU64::new(0),
+            freed: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clusters given out and freed since open.
+    pub fn totals(&self) -> (u64, u64) {
+        (self.allocated.load(Ordering::Relaxed), self.freed.load(Ordering::Relaxed))
+    }
+
+    /// Up to `want` neighbouring clusters off the current run, without I/O.
+    fn take(&self, want: u64) -> Option<Allocation<'_>> {
+        let mut state = self.lock();
+        if let Some(cluster) = state.returned.pop() {
+            let clusters = cluster..cluster + 1;
+            return Some(Allocation { allocator: self, clusters, fresh: false });
+        }
+        if state.run.is_empty() {
+            return None;
+        }
+        let end = state.run.end.min(state.run.start + want.max(1));
+        let clusters = state.run.start..end;
+        state.run.start = end;
+        Some(Allocation { allocator: self, clusters, fresh: state.run_is_fresh })
+    }
+
+    /// Allocates between 1 and `want` neighbouring clusters; `NoSpace` if there
+    /// are none now (some may wait in limbo: a flush may help).
+    pub async fn allocate<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        want: u64,
+    ) -> Result<Allocation<'_>> {
+        loop {
+            if let Some(allocation) = self.take(want) {
+                return Ok(allocation);
+            }
+            let _one_at_a_time = self.refilling.lock().await;
+            if self.lock().run.is_empty() {
+                self.refill(engine, storage).await?;
+            }
+        }
+    }
+
+    /// Finds the next run of free clusters and raises their refcounts.
+    async fn refill<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        let mut at = self.lock().hint;
+        loop {
+            let place = match self.refcounts.place(at)? {
+                Some(place) => place,
+                None => {
+                    self.add_block(engine, storage, at).await?;
+                    continue;
+                }
+            };
+            let found = self
+                .refcounts
+                .look(engine, storage, place.key, |words| {
+                    (place.index..place.count).find(|&i| {
+                        let word = |n: usize| words.get(n).map_or(0, |w| w.load(Ordering::Relaxed));
+                        self.refcounts.get_in(i, word) == 0
+                    })
+                })
+                .await?;
+            let Some(index) = found else {
+                at += place.count - place.index;
+                continue;
+            };
+            let first = at + (index - place.index);
+            self.check_room(storage, first)?;
+            let limit = self.run_limit(storage, first);
+            let clusters = self
+                .refcounts
+                .update(engine, storage, place.key, |slice| {
+                    let mut end = index;
+                    while end < place.count && end - index < limit {
+                        if self.refcounts.get_in(end, |i| slice.get(i)) != 0 {
+                            break;
+                        }
+                        self.refcounts.set_in(slice, end, 1);
+                        end += 1;
+                    }
+                    first..first + (end - index)
+                })
+                .await?;
+            return self.adopt_run(engine, storage, clusters).await;
+        }
+    }
+
+    /// How many clusters a run from `first` on may have.
+    fn run_limit(&self, storage: &Storage, first: u64) -> u64 {
+        let mut state = self.lock();
+        let mut limit = (state.next_run_bytes >> self.geometry.cluster_bits).max(FEWEST_CLUSTERS);
+        state.next_run_bytes = (state.next_run_bytes * 2).min(LONGEST_RUN);
+        // A run is fresh as a whole or not at all.
+        if first < state.fresh_from {
+            limit = limit.min(state.fresh_from - first);
+        }
+        if let Some(capacity) = storage.capacity() {
+            limit = limit.min((capacity >> self.geometry.cluster_bits).saturating_sub(first));
+        }
+        limit
+    }
+
+    /// Whether `cluster` lies inside what a file of this kind can have.
+    pub(super) fn check_room(&self, storage: &Storage, cluster: u64) -> Result<()> {
+        let end = cluster.checked_add(1).and_then(|n| n.checked_mul(self.geometry.cluster_size()));
+        let end = end.filter(|end| *end <= MAX_HOST_OFFSET).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Os(libc::EFBIG),
+                format!("{} cannot grow past 2^56 bytes", storage.name()),
+            )
+        })?;
+        match storage.capacity() {
+            Some(capacity) if end > capacity => Err(Error::new(
+                ErrorKind::NoSpace,
+                format!("{} is full: it has {capacity} bytes", storage.name()),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes a run whose refcounts are raised the current one.
+    async fn adopt_run<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        run: Range<u64>,
+    ) -> Result<()> {
+        let start = run.start << self.geometry.cluster_bits;
+        let bytes = (run.end - run.start) << self.geometry.cluster_bits;
+        // A corrupt image may call clusters free that are not.
+        self.overlap.check_data(start, bytes)?;
+        if let Err(error) = self.extend(engine, storage, run.end).await {
+            self.refcounts.lower(engine, storage, run).await?;
+            return Err(error);
+        }
+        let mut state = self.lock();
+        state.run_is_fresh = run.start >= state.fresh_from;
+        if state.run_is_fresh {
+            state.fresh_from = run.end;
+        }
+        state.hint = run.end;
+        state.run = run;
+        Ok(())
+    }
+
+    /// Makes the file reach up to the end of a cluster. Nobody can be writing
+    /// past its end: clusters there have not been given out.
+    pub(super) async fn extend<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        end_cluster: u64,
+    ) -> Result<()> {
+        let end = end_cluster << self.geometry.cluster_bits;
+        if storage.capacity().is_some() || end <= self.lock().file_length {
+            return Ok(());
+        }
+        match storage.truncate(engine, end).await {
+            Ok(()) => self.lock().file_length = end,
+            // It grows by being written, then, and reads as zero meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotSupported => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Gives the clusters that `cluster` belongs to a refcount block, which lies
+    /// in `cluster` and so counts itself.
+    async fn add_block<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<()> {
+        self.check_room(storage, cluster)?;
+        let table_index = cluster / self.refcounts.per_block();
+        let (table_offset, entries) = {
+            let table = self.refcounts.table();
+            (table.offset, table.entries.len() as u64)
+        };
+        if table_index >= entries {
+            return self.grow_table(engine, storage).await;
+        }
+        let size = self.geometry.cluster_size();
+        let Some(offset) = HostOffset::new(cluster << self.geometry.cluster_bits) else {
+            return Err(Error::corrupt("the cluster of the header is not counted as in use"));
+        };
+        self.overlap.check_data(offset.get(), size)?;
+        self.extend(engine, storage, cluster + 1).await?;
+        let counts = self.counts_for_block(cluster % self.refcounts.per_block(), 1);
+        let block = Block::from_bytes(&counts)?;
+        storage.write(engine, &[Piece::Block(block.all())], offset.get()).await?;
+        self.barrier(engine, storage).await?;
+        let entry = Block::from_bytes(&offset.get().to_be_bytes())?;
+        let entry_offset = table_offset + table_index * 8;
+        self.overlap.check_table(entry_offset, 8, Metadata::RefcountTable)?;
+        storage.write(engine, &[Piece::Block(entry.slice(0, 8))], entry_offset).await?;
+        self.overlap.add(offset.get(), size, Metadata::RefcountBlock);
+        self.refcounts.publish_block(table_index, offset);
+        let mut state = self.lock();
+        state.fresh_from = state.fresh_from.max(cluster + 1);
+        Ok(())
+    }
+
+    /// The bytes of a refcount block in which `count` counts from `first` on are
+    /// one and the others zero.
+    pub(super) fn counts_for_block(&self, first: u64, count: u64) -> Vec<u8> {
+        let width = self.refcounts.width;
+        let mut words = vec![0u64; (self.geometry.cluster_size() / 8) as usize];
+        for index in first..first + count {
+            if let Some(word) = words.get_mut((index / width.per_word()) as usize) {
+                *word = width.set(*word, index % width.per_word(), 1);
+            }
+        }
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    /// Syncs; a failure is for good.
+    pub async fn barrier<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        storage.sync(engine).await.map_err(|error| self.health.sync_failed(error))
+    }
+
+    /// Lowers the refcounts of what has left limbo; the clusters are free then.
+    pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        for clusters in self.limbo.take_ready(&self.epochs) {
+            let freed = self.refcounts.lower(engine, storage, clusters).await?;
+            self.freed.fetch_add(freed.len() as u64, Ordering::Relaxed);
+            if let Some(lowest) = freed.first() {
+                let mut state = self.lock();
+                state.hint = state.hint.min(*lowest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what was raised ahead and not used. Nothing may be under way.
+    /// Returns the length that the file needs, if it may be shortened.
+    pub async fn give_back_all<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+    ) -> Result<Option<u64>> {
+        let (run, mut unused, file_length) = {
+            let mut state = self.lock();
+            let mut unused = std::mem::take(&mut state.returned);
+            unused.append(&mut state.abandoned);
+            state.hint = 0;
+            (std::mem::replace(&mut state.run, 0..0), unused, state.file_length)
+        };
+        unused.sort_unstable();
+        for cluster in unused {
+            self.refcounts.lower(engine, storage, cluster..cluster + 1).await?;
+        }
+        let unused_tail = run.end << self.geometry.cluster_bits == file_length && !run.is_empty();
+        let needed = run.start << self.geometry.cluster_bits;
+        self.refcounts.lower(engine, storage, run).await?;
+        Ok(unused_tail.then_some(needed))
+    }
+}

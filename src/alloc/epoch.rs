@@ -1,0 +1,136 @@
+//! Who may still be using what was looked up: epochs.
+//!
+//! A request enters before it looks at the mapping and leaves when its I/O is
+//! over. What was freed at one moment may be reused when everybody who had
+//! entered by then has left. Entering and leaving touch only the calling
+//! thread's counters.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+use crate::shard::{self, Sharded};
+
+/// The epochs of an image.
+#[derive(Default)]
+pub struct Epochs {
+    current: AtomicU64,
+    /// Requests inside that entered at an even or an odd epoch.
+    inside: Sharded<[AtomicU64; 2]>,
+}
+
+/// A request that is inside; leaves when dropped.
+pub struct Inside<'a> {
+    counter: &'a AtomicU64,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Epochs {
+    /// Enters.
+    #[inline]
+    pub fn enter(&self) -> Inside<'_> {
+        let counters = self.inside.at(shard::index());
+        loop {
+            let epoch = self.current.load(SeqCst);
+            let counter = &counters[(epoch & 1) as usize];
+            counter.fetch_add(1, SeqCst);
+            if self.current.load(SeqCst) == epoch {
+                return Inside { counter };
+            }
+            // The epoch moved on before we were counted in it.
+            counter.fetch_sub(1, SeqCst);
+        }
+    }
+
+    /// The current epoch: the stamp for what is freed now.
+    pub fn now(&self) -> u64 {
+        self.current.load(SeqCst)
+    }
+
+    /// Whether everybody has left who could know what was freed at `stamp`.
+    pub fn has_passed(&self, stamp: u64) -> bool {
+        self.now() >= stamp.saturating_add(2)
+    }
+
+    /// Moves on as far as the requests inside allow; two steps release all that
+    /// has been stamped so far.
+    pub fn advance(&self) {
+        for _ in 0..2 {
+            let epoch = self.current.load(SeqCst);
+            let previous = ((epoch + 1) & 1) as usize;
+            if self.inside.iter().any(|counters| counters[previous].load(SeqCst) != 0) {
+                return;
+            }
+            // Losing the race means that somebody else moved on.
+            let _ = self.current.compare_exchange(epoch, epoch + 1, SeqCst, SeqCst);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_passes_while_somebody_is_inside() {
+        let epochs = Epochs::default();
+        let guard = epochs.enter();
+        let stamp = epochs.now();
+        for _ in 0..5 {
+            epochs.advance();
+        }
+        assert!(!epochs.has_passed(stamp));
+        drop(guard);
+        epochs.advance();
+        assert!(epochs.has_passed(stamp));
+    }
+
+    #[test]
+    fn later_entries_do_not_hold_up_what_was_freed_before() {
+        let epochs = Epochs::default();
+        let early = epochs.enter();
+        let stamp = epochs.now();
+        epochs.advance();
+        let _late = epochs.enter();
+        drop(early);
+        epochs.advance();
+        assert!(epochs.has_passed(stamp));
+    }
+
+    #[test]
+    fn freed_values_are_never_seen_after_they_passed() {
+        // Each "free" replaces the shared value and poisons the old one when it
+        // has passed; a reader that meets poison has been failed.
+        let epochs = Epochs::default();
+        let slots: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(1)).collect();
+        let live = AtomicU64::new(0);
+        let done = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while done.load(SeqCst) == 0 {
+                        let _inside = epochs.enter();
+                        let slot = live.load(SeqCst) as usize;
+                        std::thread::yield_now();
+                        assert_eq!(slots[slot].load(SeqCst), 1);
+                    }
+                });
+            }
+            for round in 0..2000usize {
+                let old = live.load(SeqCst) as usize;
+                let new = (round + 1) % slots.len();
+                slots[new].store(1, SeqCst);
+                live.store(new as u64, SeqCst);
+                let stamp = epochs.now();
+                while !epochs.has_passed(stamp) {
+                    epochs.advance();
+                }
+                slots[old].store(0, SeqCst);
+            }
+            done.store(1, SeqCst);
+        });
+    }
+}

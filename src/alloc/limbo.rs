@@ -1,0 +1,107 @@
+//! Clusters between two lives. A freed cluster may be given out again when the
+//! change that freed it is durable and every request that entered before has
+//! left; until then it waits here, its refcount untouched.
+//!
+//! It knows nothing of refcounts: it hands back what may be lowered.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::epoch::Epochs;
+
+/// Host clusters that each lost one reference.
+pub type Freed = Range<u64>;
+
+/// The waiting room.
+#[derive(Default)]
+pub struct Limbo(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// Freed in memory; the change is not durable yet.
+    announced: Vec<Freed>,
+    /// The change is durable; stamped with the epoch of that moment.
+    quiescing: VecDeque<(u64, Freed)>,
+    clusters: u64,
+}
+
+impl Limbo {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called after the pointer was dropped in memory, and after whatever
+    /// was done to the clusters' bytes (a punched hole) is complete.
+    pub fn announce(&self, freed: Freed) {
+        let mut state = self.lock();
+        state.clusters += freed.end - freed.start;
+        state.announced.push(freed);
+    }
+
+    /// What was announced so far. To be called *before* the metadata that a
+    /// flush writes is copied, so that the copies contain these drops.
+    pub fn take_announced(&self) -> Vec<Freed> {
+        std::mem::take(&mut self.lock().announced)
+    }
+
+    /// The flush failed: back to where they were.
+    pub fn put_back(&self, freed: Vec<Freed>) {
+        self.lock().announced.extend(freed);
+    }
+
+    /// The drops are durable.
+    pub fn dropped(&self, freed: Vec<Freed>, epochs: &Epochs) {
+        let stamp = epochs.now();
+        self.lock().quiescing.extend(freed.into_iter().map(|freed| (stamp, freed)));
+    }
+
+    /// Takes what nobody can be using any more: its refcounts may be lowered.
+    pub fn take_ready(&self, epochs: &Epochs) -> Vec<Freed> {
+        epochs.advance();
+        let mut state = self.lock();
+        let mut ready = Vec::new();
+        while state.quiescing.front().is_some_and(|(stamp, _)| epochs.has_passed(*stamp)) {
+            let Some((_, freed)) = state.quiescing.pop_front() else { break };
+            state.clusters -= freed.end - freed.start;
+            ready.push(freed);
+        }
+        ready
+    }
+
+    /// Number of clusters that wait.
+    pub fn clusters(&self) -> u64 {
+        self.lock().clusters
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reuse_waits_for_the_drop_and_for_the_readers() {
+        let (limbo, epochs) = (Limbo::default(), Epochs::default());
+        let reader = epochs.enter();
+        limbo.announce(5..7);
+        assert!(limbo.take_ready(&epochs).is_empty());
+        let flushed = limbo.take_announced();
+        limbo.announce(9..10);
+        limbo.dropped(flushed, &epochs);
+        assert!(limbo.take_ready(&epochs).is_empty(), "a reader is inside");
+        drop(reader);
+        assert_eq!(limbo.take_ready(&epochs), vec![5..7]);
+        assert_eq!(limbo.clusters(), 1, "announced after the flush began");
+    }
+
+    #[test]
+    fn a_failed_flush_loses_nothing() {
+        let (limbo, epochs) = (Limbo::default(), Epochs::default());
+        limbo.announce(5..7);
+        let flushed = limbo.take_announced();
+        limbo.put_back(flushed);
+        let flushed = limbo.take_announced();
+        limbo.dropped(flushed, &epochs);
+        assert_eq!(limbo.take_ready(&epochs), vec![5..7]);
+    }
+}

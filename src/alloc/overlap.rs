@@ -1,0 +1,188 @@
+//! Where an image's metadata lives, so that no write ever lands on it, whatever
+//! a corrupt image says (QEMU: "overlap check", always on here).
+//!
+//! Kept up to date by whoever adds or drops a table; asked before every write.
+//! The question is answered without a lock unless the answer may be yes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
+
+use crate::error::{Error, Result};
+
+/// A kind of metadata; several may (in a corrupt image) share a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Metadata {
+    /// The first cluster.
+    Header = 1,
+    /// The active L1 table.
+    L1 = 2,
+    /// An L2 table that the active L1 names.
+    L2 = 4,
+    /// The refcount table.
+    RefcountTable = 8,
+    /// A refcount block.
+    RefcountBlock = 16,
+    /// The snapshot table.
+    SnapshotTable = 32,
+    /// A snapshot's L1 table.
+    InactiveL1 = 64,
+}
+
+impl Metadata {
+    const ALL: [Metadata; 7] = [
+        Metadata::Header,
+        Metadata::L1,
+        Metadata::L2,
+        Metadata::RefcountTable,
+        Metadata::RefcountBlock,
+        Metadata::SnapshotTable,
+        Metadata::InactiveL1,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Metadata::Header => "the header",
+            Metadata::L1 => "the active L1 table",
+            Metadata::L2 => "an active L2 table",
+            Metadata::RefcountTable => "the refcount table",
+            Metadata::RefcountBlock => "a refcount block",
+            Metadata::SnapshotTable => "the snapshot table",
+            Metadata::InactiveL1 => "the L1 table of a snapshot",
+        }
+    }
+}
+
+/// The set of clusters that hold metadata.
+pub struct OverlapIndex {
+    cluster_bits: u32,
+    /// One bit for each hash of a cluster that was ever in the set.
+    filter: Box<[AtomicU64]>,
+    clusters: RwLock<HashMap<u64, u8>>,
+}
+
+impl OverlapIndex {
+    /// An index that holds the header, with room for `expected` clusters.
+    pub fn new(cluster_bits: u32, expected: usize) -> OverlapIndex {
+        let words = (expected / 2).next_power_of_two().clamp(64, 1 << 16);
+        let index = OverlapIndex {
+            cluster_bits,
+            filter: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            clusters: RwLock::default(),
+        };
+        index.add(0, 1, Metadata::Header);
+        index
+    }
+
+    fn filter_bit(&self, cluster: u64) -> (&AtomicU64, u64) {
+        let hash = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let word = (hash >> 38) as usize & (self.filter.len() - 1);
+        (&self.filter[word], 1 << (hash >> 32 & 63))
+    }
+
+    /// Memory held, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        (self.filter.len() * 8 + clusters.capacity() * 17) as u64
+    }
+
+    /// `bytes` from `offset` on hold metadata now.
+    pub fn add(&self, offset: u64, bytes: u64, kind: Metadata) {
+        let mut clusters = self.clusters.write().unwrap_or_else(PoisonError::into_inner);
+        for cluster in self.clusters_of(offset, bytes) {
+            *clusters.entry(cluster).or_default() |= kind as u8;
+            let (word, bit) = self.filter_bit(cluster);
+            word.fetch_or(bit, Ordering::Release);
+        }
+    }
+
+    /// They do not any more.
+    pub fn remove(&self, offset: u64, bytes: u64, kind: Metadata) {
+        let mut clusters = self.clusters.write().unwrap_or_else(PoisonError::into_inner);
+        for cluster in self.clusters_of(offset, bytes) {
+            if let Some(kinds) = clusters.get_mut(&cluster) {
+                *kinds &= !(kind as u8);
+                if *kinds == 0 {
+                    clusters.remove(&cluster);
+                }
+            }
+        }
+    }
+
+    fn clusters_of(&self, offset: u64, bytes: u64) -> std::ops::Range<u64> {
+        let end = offset.saturating_add(bytes).saturating_sub(1);
+        let first = offset >> self.cluster_bits;
+        if bytes == 0 { first..first } else { first..(end >> self.cluster_bits) + 1 }
+    }
+
+    /// What metadata a cluster holds, if any.
+    #[inline]
+    fn kinds(&self, cluster: u64) -> u8 {
+        let (word, bit) = self.filter_bit(cluster);
+        if word.load(Ordering::Acquire) & bit == 0 {
+            return 0;
+        }
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.get(&cluster).copied().unwrap_or(0)
+    }
+
+    /// `Corrupt` if a write of data there would hit metadata.
+    #[inline]
+    pub fn check_data(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.check(offset, bytes, 0)
+    }
+
+    /// `Corrupt` if a write of a table of this kind would hit metadata of another.
+    pub fn check_table(&self, offset: u64, bytes: u64, own: Metadata) -> Result<()> {
+        self.check(offset, bytes, own as u8)
+    }
+
+    #[inline]
+    fn check(&self, offset: u64, bytes: u64, own: u8) -> Result<()> {
+        for cluster in self.clusters_of(offset, bytes) {
+            let kinds = self.kinds(cluster) & !own;
+            if kinds != 0 {
+                return Err(refusal(offset, bytes, kinds));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cold]
+fn refusal(offset: u64, bytes: u64, kinds: u8) -> Error {
+    let hit = Metadata::ALL.iter().find(|kind| kinds & **kind as u8 != 0);
+    let name = hit.map_or("metadata", |kind| kind.name());
+    Error::corrupt(format!(
+        "refused to write {bytes} bytes at {offset:#x}: {name} is there (the image is corrupt: \
+         qemu-img check)"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_added_is_protected_until_removed() {
+        let index = OverlapIndex::new(16, 0);
+        assert!(index.check_data(0xffff, 1).is_err(), "the header's whole cluster");
+        index.add(0x30000, 8, Metadata::L1);
+        index.add(0x30000, 8, Metadata::L2);
+        assert!(index.check_data(0x2ffff, 2).is_err());
+        assert!(index.check_data(0x20000, 0x10000).is_ok());
+        assert!(index.check_table(0x30000, 8, Metadata::L1).is_err());
+        index.remove(0x30000, 8, Metadata::L2);
+        assert!(index.check_table(0x30000, 8, Metadata::L1).is_ok());
+        index.remove(0x30000, 8, Metadata::L1);
+        assert!(index.check_data(0x30000, 8).is_ok());
+    }
+
+    #[test]
+    fn absurd_offsets_do_not_overflow() {
+        let index = OverlapIndex::new(9, 0);
+        assert!(index.check_data(u64::MAX - 100, 1 << 9).is_ok());
+        assert!(index.check_data(u64::MAX, 0).is_ok());
+    }
+}

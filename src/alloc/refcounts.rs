@@ -1,0 +1,235 @@
+//! The refcounts of host clusters: looked up and changed through a cache of
+//! slices of refcount blocks, written back on demand.
+//!
+//! Rising counts may be written at any time. Counts are lowered here only after
+//! the pointer was durably dropped (see `limbo`), so writing them early is safe
+//! as well: a crash leaves leaks, never a count that is too low.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use super::overlap::{Metadata, OverlapIndex};
+use crate::error::{Error, Result};
+use crate::format::limits::OFFSET_MASK;
+use crate::format::refcount::RefcountWidth;
+use crate::geometry::{Geometry, HostOffset};
+use crate::io::engine::{Engine, Piece, Target};
+use crate::io::storage::Storage;
+use crate::io::wait::AsyncMutex;
+use crate::metadata::cache::{Loaded, SliceCache, SliceMut};
+use crate::sys::memory::Block;
+
+/// The refcount table as it is on disk, entry for entry.
+pub struct Table {
+    /// Host offsets of the refcount blocks; 0: none, all its counts are 0.
+    pub entries: Vec<u64>,
+    /// Where the table is.
+    pub offset: u64,
+}
+
+/// The refcounts of an image.
+pub struct Refcounts {
+    pub(super) geometry: Geometry,
+    pub(super) width: RefcountWidth,
+    pub(super) table: RwLock<Table>,
+    pub(super) cache: SliceCache,
+    pub(super) overlap: Arc<OverlapIndex>,
+    /// One write-back at a time: two copies of a slice must not overtake each
+    /// other on their way to the storage.
+    writing: AsyncMutex<()>,
+}
+
+/// Where the refcount of a cluster is: the slice, and its place in there.
+pub(super) struct Place {
+    pub key: HostOffset,
+    pub index: u64,
+    /// Counts in the slice.
+    pub count: u64,
+}
+
+impl Refcounts {
+    /// `table`: as read from the image.
+    pub fn new(
+        geometry: Geometry,
+        width: RefcountWidth,
+        table: Table,
+        cache_bytes: u64,
+        overlap: Arc<OverlapIndex>,
+    ) -> Refcounts {
+        let slice = geometry.cluster_size().min(4096) as usize;
+        Refcounts {
+            geometry,
+            width,
+            table: RwLock::new(table),
+            cache: SliceCache::new(slice, cache_bytes),
+            overlap,
+            writing: AsyncMutex::new(()),
+        }
+    }
+
+    pub(super) fn table(&self) -> RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clusters that one refcount block counts.
+    pub(super) fn per_block(&self) -> u64 {
+        self.width.entries_per(self.geometry.cluster_size())
+    }
+
+    /// Memory held, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.cache.bytes() + self.table().entries.len() as u64 * 8
+    }
+
+    /// The refcount block that a table entry names, checked; `None`: there is
+    /// none.
+    pub(super) fn block(&self, table_index: u64) -> Result<Option<HostOffset>> {
+        let raw =
+            usize::try_from(table_index).ok().and_then(|i| self.table().entries.get(i).copied());
+        let Some(offset) = HostOffset::new(raw.unwrap_or(0) & OFFSET_MASK) else {
+            return Ok(None);
+        };
+        if self.geometry.in_cluster(offset.get()) != 0 {
+            return Err(Error::corrupt(format!(
+                "refcount table entry {table_index} points to {offset}, which is not the start \
+                 of a cluster"
+            )));
+        }
+        Ok(Some(offset))
+    }
+
+    /// `None`: no block counts this cluster, so its refcount is 0.
+    pub(super) fn place(&self, cluster: u64) -> Result<Option<Place>> {
+        let per_block = self.per_block();
+        let Some(block) = self.block(cluster / per_block)? else { return Ok(None) };
+        let count = self.width.entries_per(self.cache.slice_bytes() as u64);
+        let index = cluster % per_block;
+        let key = block.checked_add(index / count * self.cache.slice_bytes() as u64);
+        let key = key.ok_or_else(|| Error::corrupt("a refcount block lies past all offsets"))?;
+        Ok(Some(Place { key, index: index % count, count }))
+    }
+
+    /// Brings a slice into the cache.
+    pub(super) async fn load<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        key: HostOffset,
+    ) -> Result<()> {
+        loop {
+            let ticket = self.cache.begin_load(key);
+            let block = Block::zeroed(self.cache.slice_bytes())?;
+            storage.read(engine, Target::Block(block.all()), key.get()).await?;
+            match self.cache.finish_load(key, ticket, &block.all().to_vec()) {
+                Loaded::Done => return Ok(()),
+                Loaded::Stale => {}
+                Loaded::Full => self.write_back(engine, storage).await?,
+            }
+        }
+    }
+
+    /// Looks at the slice that holds `cluster`'s refcount.
+    pub(super) async fn look<E: Engine, R>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        key: HostOffset,
+        look: impl Fn(&[AtomicU64]) -> R,
+    ) -> Result<R> {
+        loop {
+            if let Some(result) = self.cache.read(key, &look) {
+                return Ok(result);
+            }
+            self.load(engine, storage, key).await?;
+        }
+    }
+
+    /// Changes the slice `key`.
+    pub(super) async fn update<E: Engine, R>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        key: HostOffset,
+        mut change: impl FnMut(&mut SliceMut<'_>) -> R,
+    ) -> Result<R> {
+        loop {
+            if let Some(result) = self.cache.update(key, &mut change) {
+                return Ok(result);
+            }
+            self.load(engine, storage, key).await?;
+        }
+    }
+
+    /// The refcount of a cluster.
+    pub async fn get<E: Engine>(&self, engine: &E, storage: &Storage, cluster: u64) -> Result<u64> {
+        let Some(place) = self.place(cluster)? else { return Ok(0) };
+        self.look(engine, storage, place.key, |words| {
+            self.get_in(place.index, |i| {
+                words.get(i).map_or(0, |word| word.load(Ordering::Relaxed))
+            })
+        })
+        .await
+    }
+
+    /// The count at `index` of a slice whose words `word` returns.
+    pub(super) fn get_in(&self, index: u64, word: impl Fn(usize) -> u64) -> u64 {
+        let per_word = self.width.per_word();
+        self.width.get(word((index / per_word) as usize), index % per_word)
+    }
+
+    /// Sets the count at `index` of a slice.
+    pub(super) fn set_in(&self, slice: &mut SliceMut<'_>, index: u64, value: u64) {
+        let per_word = self.width.per_word();
+        let at = (index / per_word) as usize;
+        slice.set(at, self.width.set(slice.get(at), index % per_word, value));
+    }
+
+    /// Takes one reference from each cluster of a range. Returns the clusters
+    /// that are free now. `Corrupt` where there was none to take.
+    pub async fn lower<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        clusters: std::ops::Range<u64>,
+    ) -> Result<Vec<u64>> {
+        let mut freed = Vec::new();
+        for cluster in clusters {
+            let none_left = || {
+                Error::corrupt(format!("host cluster {cluster} was in use but its refcount is 0"))
+            };
+            let place = self.place(cluster)?.ok_or_else(none_left)?;
+            let left = self
+                .update(engine, storage, place.key, |slice| {
+                    let count = self.get_in(place.index, |i| slice.get(i));
+                    let left = count.checked_sub(1)?;
+                    self.set_in(slice, place.index, left);
+                    Some(left)
+                })
+                .await?;
+            if left.ok_or_else(none_left)? == 0 {
+                freed.push(cluster);
+            }
+        }
+        Ok(freed)
+    }
+
+    /// Whether anything waits to be written.
+    pub fn is_dirty(&self) -> bool {
+        self.cache.has_dirty()
+    }
+
+    /// Writes all changed slices; does not sync.
+    pub async fn write_back<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        let _one_at_a_time = self.writing.lock().await;
+        let mut copies = self.cache.take_dirty();
+        while let Some(copy) = copies.next() {
+            // A corrupt table may name other metadata as a refcount block.
+            let (offset, bytes) = (copy.key.get(), copy.bytes.len() as u64);
+            self.overlap.check_table(offset, bytes, Metadata::RefcountBlock)?;
+            let block = Block::from_bytes(&copy.bytes)?;
+            storage.write(engine, &[Piece::Block(block.all())], offset).await?;
+            copies.mark_written();
+        }
+        Ok(())
+    }
+}

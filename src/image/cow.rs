@@ -1,0 +1,177 @@
+//! Copying what a write does not cover.
+//!
+//! A write that covers whole subclusters copies nothing. Else the rest of the
+//! first and the last subcluster is taken from what a reader sees there now: the
+//! backing chain, zeroes, or an older place of the same data.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use super::claims::Region;
+use super::disk::Disk;
+use super::write::{Part, keep_or_give_back};
+use crate::error::Result;
+use crate::format::l2::Cluster;
+use crate::format::subcluster::{self, Subcluster};
+use crate::geometry::{GuestOffset, HostOffset};
+use crate::io::engine::{Engine, Piece, Target};
+use crate::sys::memory::Block;
+
+/// What is written around the data of a part.
+pub(super) struct Edges<'a> {
+    pub head: Option<Piece<'a>>,
+    pub tail: Option<Piece<'a>>,
+}
+
+impl Edges<'_> {
+    /// Length of the whole write.
+    pub fn bytes(&self, data: &Piece<'_>) -> u64 {
+        [self.head.as_ref(), Some(data), self.tail.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(|piece| piece.len() as u64)
+            .sum()
+    }
+}
+
+impl Disk {
+    /// What has to be written before and behind the data, so that each subcluster
+    /// that becomes allocated is whole. `fresh`: the host clusters read as zero.
+    pub(super) async fn edges<'a, E: Engine>(
+        &self,
+        engine: &E,
+        part: &Part<'_>,
+        fresh: bool,
+    ) -> Result<Edges<'a>> {
+        let geometry = part.image.geometry();
+        let sub = geometry.subcluster_size();
+        let head = part.offset.0 & !(sub - 1)..part.offset.0;
+        let tail = part.end()..part.end().div_ceil(sub) * sub;
+        Ok(Edges {
+            head: self.edge(engine, part, head, fresh).await?,
+            tail: self.edge(engine, part, tail, fresh).await?,
+        })
+    }
+
+    async fn edge<'a, E: Engine>(
+        &self,
+        engine: &E,
+        part: &Part<'_>,
+        range: Range<u64>,
+        fresh: bool,
+    ) -> Result<Option<Piece<'a>>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        // A subcluster that is stored already keeps its own rest.
+        let stored = part.image.find(engine, GuestOffset(range.start), 1).await?;
+        if stored.kind == Subcluster::Normal && stored.copied {
+            return Ok(None);
+        }
+        let len = (range.end - range.start) as usize;
+        if self.is_zero(engine, range.clone()).await? {
+            return Ok((!fresh).then_some(Piece::Zeroes(len)));
+        }
+        self.old_bytes(engine, part, range).await.map(Some)
+    }
+
+    /// Whether a range reads as zero, as far as the mapping tells. What lies past
+    /// the end of the disk (in the last cluster) does.
+    pub(super) async fn is_zero<E: Engine>(&self, engine: &E, range: Range<u64>) -> Result<bool> {
+        let end = range.end.min(self.size());
+        let mut at = range.start;
+        while at < end {
+            let part = self.locate(engine, 0, GuestOffset(at), end - at).await?;
+            if !part.is_zero() {
+                return Ok(false);
+            }
+            at += part.run.len;
+        }
+        Ok(true)
+    }
+
+    /// What a reader sees in a range now; zeroes past the end of the disk.
+    async fn old_bytes<'a, E: Engine>(
+        &self,
+        engine: &E,
+        part: &Part<'_>,
+        range: Range<u64>,
+    ) -> Result<Piece<'a>> {
+        let len = (range.end - range.start) as usize;
+        let block = Block::zeroed(len)?;
+        let on_disk = range.end.min(self.size()).saturating_sub(range.start);
+        let target = Target::Block(block.slice(0, on_disk as usize));
+        self.read_from(engine, 0, target, GuestOffset(range.start)).await?;
+        part.writing.cow_bytes.fetch_add(on_disk, Ordering::Relaxed);
+        Ok(Piece::Block(block.slice(0, len)))
+    }
+
+    /// Writes to a cluster whose host cluster is shared or whose data is
+    /// compressed: a new host cluster takes over all that is stored, the old one
+    /// loses a reference. The part lies in one cluster; returns its length, or 0 if
+    /// the cluster is not of that kind any more.
+    pub(super) async fn replace<E: Engine>(&self, engine: &E, part: &Part<'_>) -> Result<usize> {
+        let image = part.image;
+        let geometry = image.geometry();
+        let all = subcluster::all(geometry.subclusters());
+        let (cluster, _) = part.first();
+        let _claim = part.writing.claims.acquire(Region::whole(cluster, 1, all)).await;
+        let old = image.entry(engine, part.table, cluster).await?;
+        let (stored, zero, freed) = match old {
+            Cluster::Compressed(data) => {
+                let touched = data.host_clusters(geometry);
+                (all, 0, *touched.start()..*touched.end() + 1)
+            }
+            Cluster::Standard { host, copied: false, alloc, zero } => {
+                let number = geometry.host_cluster(host).0;
+                (alloc, zero, number..number + 1)
+            }
+            Cluster::Standard { copied: true, .. } | Cluster::None { .. } => return Ok(0),
+        };
+        let alloc = stored | part.mask_in(0);
+        let allocation = image.allocate(engine, 1).await?;
+        let host = allocation.start()?;
+        let moved = async {
+            for run in subcluster::runs(alloc) {
+                self.write_run(engine, part, host, run).await?;
+            }
+            let zero = zero & !alloc;
+            let new = Cluster::Standard { host, copied: true, alloc, zero };
+            image.change(engine, part.table, cluster, 1, |_, _| Some(new)).await
+        }
+        .await;
+        keep_or_give_back(allocation, moved)?;
+        part.writing.allocator.limbo.announce(freed);
+        Ok(part.data.len())
+    }
+
+    /// Writes a run of subclusters to the new host cluster: the data of the part
+    /// where it lies in the run, old bytes elsewhere.
+    async fn write_run<E: Engine>(
+        &self,
+        engine: &E,
+        part: &Part<'_>,
+        host: HostOffset,
+        run: Range<u32>,
+    ) -> Result<()> {
+        let geometry = part.image.geometry();
+        let base = geometry.guest_start(part.first().0).0;
+        let sub = geometry.subcluster_size();
+        let run = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
+        let data = part.offset.0.clamp(run.start, run.end)..part.end().clamp(run.start, run.end);
+        let mut pieces = Vec::with_capacity(3);
+        if run.start < data.start {
+            pieces.push(self.old_bytes(engine, part, run.start..data.start).await?);
+        }
+        if !data.is_empty() {
+            let at = (data.start - part.offset.0) as usize;
+            pieces.push(part.data.sub(at, (data.end - data.start) as usize));
+        }
+        if data.end < run.end {
+            pieces.push(self.old_bytes(engine, part, data.end..run.end).await?);
+        }
+        let at = host.get() + (run.start - base);
+        part.writing.allocator.overlap.check_data(at, run.end - run.start)?;
+        part.image.storage.write(engine, &pieces, at).await
+    }
+}

@@ -1,0 +1,241 @@
+//! The virtual disk: an image and the images below it.
+//!
+//! Requests are checked here once; then they descend the chain in a loop, so a
+//! long chain costs no stack. The chain itself is put together by `open`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use super::options::OpenOptions;
+use super::qcow2::{Lookup, Qcow2, Run};
+use crate::error::{Error, Result};
+use crate::format::compressed::Compressed;
+use crate::format::subcluster::Subcluster;
+use crate::geometry::{GuestOffset, HostOffset};
+use crate::io::engine::Engine;
+use crate::io::storage::Storage;
+use crate::shard::Sharded;
+
+/// An open image and its chain.
+pub struct Disk {
+    /// This image first, then what is below.
+    pub layers: Vec<Layer>,
+    /// As opened.
+    pub options: OpenOptions,
+    /// Requests so far.
+    pub requests: Sharded<RequestCounters>,
+    /// The compressed cluster that was read last: small reads come in rows.
+    pub inflated: Mutex<Option<Inflated>>,
+}
+
+/// What was inflated last.
+pub struct Inflated {
+    /// Of which layer.
+    pub layer: usize,
+    /// From where.
+    pub data: Compressed,
+    /// The bytes of the cluster.
+    pub bytes: Arc<[u8]>,
+}
+
+/// Requests of one group of threads.
+#[derive(Default)]
+#[allow(missing_docs)]
+pub struct RequestCounters {
+    pub reads: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub writes: AtomicU64,
+    pub write_bytes: AtomicU64,
+    pub lookups: AtomicU64,
+}
+
+impl RequestCounters {
+    /// Counts a read.
+    #[inline]
+    pub fn read(&self, bytes: u64) {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts a write.
+    #[inline]
+    pub fn write(&self, bytes: u64) {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        self.write_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// One image of a chain.
+pub enum Layer {
+    /// A qcow2 image.
+    Qcow2(Box<Qcow2>),
+    /// The bytes of a storage.
+    Raw(Raw),
+}
+
+/// A raw image.
+pub struct Raw {
+    /// Its bytes.
+    pub storage: Storage,
+    /// How many there are.
+    pub size: u64,
+}
+
+impl Layer {
+    /// Where its bytes are.
+    pub fn storage(&self) -> &Storage {
+        match self {
+            Layer::Qcow2(image) => &image.storage,
+            Layer::Raw(raw) => &raw.storage,
+        }
+    }
+
+    /// Bytes of its virtual disk.
+    pub fn size(&self) -> u64 {
+        match self {
+            Layer::Qcow2(image) => image.size,
+            Layer::Raw(raw) => raw.size,
+        }
+    }
+
+    #[inline]
+    fn lookup(&self, offset: GuestOffset, max: u64) -> Result<Lookup> {
+        match self {
+            Layer::Qcow2(image) => image.lookup(offset, max),
+            Layer::Raw(raw) => Ok(Lookup::Run(Run {
+                kind: Subcluster::Normal,
+                len: max.min(raw.size - offset.0),
+                host: HostOffset::new(offset.0),
+                copied: true,
+                compressed: None,
+            })),
+        }
+    }
+}
+
+/// What a part of the disk is, and which layer says so.
+#[derive(Clone, Copy, Debug)]
+pub struct Located {
+    /// Index of the layer; the last one where no layer has it.
+    pub layer: usize,
+    /// What it is there. `Unallocated` and `Reserved`: in no layer.
+    pub run: Run,
+    /// The layer is shorter than the disk and ends before this part.
+    pub past_end: bool,
+}
+
+impl Located {
+    /// Whether it reads as zero without looking at any data.
+    pub fn is_zero(&self) -> bool {
+        match self.run.kind {
+            Subcluster::Normal | Subcluster::Compressed => false,
+            Subcluster::Unallocated
+            | Subcluster::Reserved
+            | Subcluster::Zero
+            | Subcluster::ZeroReserved => true,
+        }
+    }
+}
+
+/// A slice that is missing for an answer.
+pub struct Missing {
+    layer: usize,
+    key: HostOffset,
+}
+
+impl Disk {
+    /// This image, if it is qcow2.
+    pub fn top(&self) -> Option<&Qcow2> {
+        match self.layers.first() {
+            Some(Layer::Qcow2(image)) => Some(image),
+            Some(Layer::Raw(_)) | None => None,
+        }
+    }
+
+    /// Bytes of the virtual disk.
+    pub fn size(&self) -> u64 {
+        self.layers.first().map_or(0, Layer::size)
+    }
+
+    /// `InvalidArgument` where a range does not lie on the disk.
+    #[inline]
+    pub fn check_range(&self, offset: u64, length: u64) -> Result<()> {
+        match offset.checked_add(length) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(out_of_range(offset, length, self.size())),
+        }
+    }
+
+    /// What the part from `offset` on is, without I/O: starting at layer `from`,
+    /// down to the layer that has it.
+    #[inline]
+    pub fn try_locate(
+        &self,
+        from: usize,
+        offset: GuestOffset,
+        max: u64,
+    ) -> Result<std::result::Result<Located, Missing>> {
+        let mut max = max;
+        let mut index = from;
+        loop {
+            let Some(layer) = self.layers.get(index) else {
+                return Err(Error::invalid("there is no such layer"));
+            };
+            let left = layer.size().saturating_sub(offset.0);
+            if left == 0 {
+                let kind = Subcluster::Unallocated;
+                let run = Run { kind, len: max, host: None, copied: false, compressed: None };
+                return Ok(Ok(Located { layer: index, run, past_end: true }));
+            }
+            let run = match layer.lookup(offset, max.min(left)) {
+                Ok(Lookup::Run(run)) => run,
+                Ok(Lookup::Load(key)) => return Ok(Err(Missing { layer: index, key })),
+                Err(error) if index > 0 => return Err(error.mark_from_below()),
+                Err(error) => return Err(error),
+            };
+            let is_here = match run.kind {
+                Subcluster::Unallocated | Subcluster::Reserved => false,
+                Subcluster::Zero
+                | Subcluster::ZeroReserved
+                | Subcluster::Normal
+                | Subcluster::Compressed => true,
+            };
+            if is_here || index + 1 == self.layers.len() {
+                return Ok(Ok(Located { layer: index, run, past_end: false }));
+            }
+            max = run.len;
+            index += 1;
+        }
+    }
+
+    /// As `try_locate`, loading what is missing.
+    #[inline]
+    pub async fn locate<E: Engine>(
+        &self,
+        engine: &E,
+        from: usize,
+        offset: GuestOffset,
+        max: u64,
+    ) -> Result<Located> {
+        loop {
+            match self.try_locate(from, offset, max)? {
+                Ok(located) => return Ok(located),
+                Err(missing) => self.load(engine, missing).await?,
+            }
+        }
+    }
+
+    async fn load<E: Engine>(&self, engine: &E, missing: Missing) -> Result<()> {
+        match self.layers.get(missing.layer) {
+            Some(Layer::Qcow2(image)) => image.load(engine, missing.key).await,
+            Some(Layer::Raw(_)) | None => Ok(()),
+        }
+    }
+}
+
+#[cold]
+fn out_of_range(offset: u64, length: u64, size: u64) -> Error {
+    Error::invalid(format!(
+        "{length} bytes at {offset:#x} do not lie on the disk, which has {size} bytes"
+    ))
+}

@@ -1,0 +1,68 @@
+//! L2 tables that may be changed: made where there is none, copied where the
+//! table is shared with a snapshot.
+
+use super::qcow2::Qcow2;
+use super::write::keep_or_give_back;
+use crate::alloc::overlap::Metadata;
+use crate::error::Result;
+use crate::format::l2::COPIED;
+use crate::geometry::HostOffset;
+use crate::io::engine::{Engine, Piece, Target};
+use crate::sys::memory::Block;
+
+impl Qcow2 {
+    /// The L2 table of an L1 entry, ours to change.
+    pub async fn table_for_writing<E: Engine>(
+        &self,
+        engine: &E,
+        l1_index: u64,
+    ) -> Result<HostOffset> {
+        if let Some(table) = self.own_table(l1_index)? {
+            return Ok(table);
+        }
+        let writing = self.writing()?;
+        let _claim = writing.claims.acquire_table(l1_index).await;
+        if let Some(table) = self.own_table(l1_index)? {
+            return Ok(table);
+        }
+        let size = self.geometry().cluster_size();
+        let old = self.table_of(self.l1.get(l1_index))?;
+        let allocation = self.allocate(engine, 1).await?;
+        let table = allocation.start()?;
+        // What is cached of that cluster is from an earlier life.
+        self.l2.forget(table, size);
+        let filled = async {
+            writing.allocator.overlap.check_data(table.get(), size)?;
+            match old {
+                None if allocation.is_fresh() => Ok(()),
+                None => {
+                    let zeroes = [Piece::Zeroes(size as usize)];
+                    self.storage.write(engine, &zeroes, table.get()).await
+                }
+                Some(old) => {
+                    // Nobody changes a shared table: what is on disk is all.
+                    let block = Block::zeroed(size as usize)?;
+                    let bytes = block.slice(0, size as usize);
+                    self.storage.read(engine, Target::Block(bytes.clone()), old.get()).await?;
+                    self.storage.write(engine, &[Piece::Block(bytes)], table.get()).await
+                }
+            }
+        }
+        .await;
+        keep_or_give_back(allocation, filled)?;
+        writing.allocator.overlap.add(table.get(), size, Metadata::L2);
+        self.l1.set(l1_index, table.get() | COPIED);
+        if let Some(old) = old {
+            writing.allocator.overlap.remove(old.get(), size, Metadata::L2);
+            let number = self.geometry().host_cluster(old).0;
+            writing.allocator.limbo.announce(number..number + 1);
+        }
+        Ok(table)
+    }
+
+    /// The table, if there is one that is not shared.
+    fn own_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
+        let entry = self.l1.get(l1_index);
+        Ok(if entry & COPIED != 0 { self.table_of(entry)? } else { None })
+    }
+}

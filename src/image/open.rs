@@ -1,0 +1,424 @@
+//! Opening: a storage, its header and tables, and the chain below it.
+//!
+//! Everything that this build cannot do is refused here, by name, before
+//! anything is written. Memory is reckoned with before it is taken.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use super::disk::{Disk, Layer, Raw};
+use super::gate;
+use super::options::{Format, OpenOptions, Reference, ReferenceKind};
+use super::qcow2::{L1Table, Qcow2, Writing};
+use crate::alloc::allocator::Allocator;
+use crate::alloc::health::Health;
+use crate::alloc::overlap::{Metadata, OverlapIndex};
+use crate::alloc::refcounts::{Refcounts, Table};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bitmap::{self, parse_directory};
+use crate::format::header::{Header, MAGIC};
+use crate::format::l2::L2Format;
+use crate::format::limits::{MAX_SNAPSHOT_TABLE_BYTES, OFFSET_MASK};
+use crate::format::refcount::RefcountWidth;
+use crate::format::snapshot;
+use crate::geometry::Geometry;
+use crate::io::engine::{Engine, Piece, Target};
+use crate::io::storage::{Access, Source, Storage};
+use crate::metadata::cache::SliceCache;
+use crate::sys::memory::Block;
+
+/// L2 slices, unless the options say otherwise.
+const L2_CACHE_BYTES: u64 = 32 << 20;
+const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
+
+/// Memory for metadata that the options still allow.
+struct Budget(u64);
+
+impl Budget {
+    fn take(&mut self, bytes: u64, what: &str, storage: &Storage) -> Result<()> {
+        self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Limit,
+                format!(
+                    "{}: {what} of {bytes} bytes is more than \"max-metadata-size\" leaves",
+                    storage.name()
+                ),
+            )
+        })?;
+        Ok(())
+    }
+}
+
+/// How the storage of a disk's own image is opened.
+pub fn access(options: &OpenOptions) -> Access {
+    Access {
+        writable: options.writable,
+        direct: options.direct,
+        lock: options.lock,
+        no_flush: options.no_flush,
+        fixed_length: options.format == Format::Raw,
+    }
+}
+
+impl Disk {
+    /// Opens an image and what is below it.
+    pub async fn open<E: Engine>(
+        engine: &E,
+        source: Arc<Source>,
+        options: &OpenOptions,
+    ) -> Result<Disk> {
+        let storage = Storage::open(source, access(options))?;
+        Disk::open_storage(engine, storage, options).await
+    }
+
+    /// As `open`, on a storage that is open already.
+    pub async fn open_storage<E: Engine>(
+        engine: &E,
+        storage: Storage,
+        options: &OpenOptions,
+    ) -> Result<Disk> {
+        let mut budget = Budget(options.max_metadata_size);
+        let mut seen = Vec::from_iter(storage.identity());
+        let mut layers = vec![open_layer(engine, storage, options, &mut budget).await?];
+        while let Some(reference) = next_reference(&layers, options)? {
+            let depth = reference.depth;
+            let name = String::from_utf8_lossy(&reference.name).into_owned();
+            let referrer = reference.referrer.clone();
+            let lower = async {
+                let directory = layers.last().and_then(|layer| layer.storage().path()?.parent());
+                let (source, format) = gate::resolve(options, &reference, directory)?;
+                let below = OpenOptions {
+                    format,
+                    writable: false,
+                    direct: options.backing_direct.unwrap_or(options.direct),
+                    no_backing: false,
+                    check_only: false,
+                    ..options.clone()
+                };
+                let storage = Storage::open(source, access(&below))?;
+                if let Some(identity) = storage.identity() {
+                    if seen.contains(&identity) {
+                        return Err(Error::new(
+                            ErrorKind::ChainDepth,
+                            format!("{} is below itself: the chain is a loop", storage.name()),
+                        ));
+                    }
+                    seen.push(identity);
+                }
+                open_layer(engine, storage, &below, &mut budget).await
+            }
+            .await;
+            layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
+        }
+        Ok(Disk {
+            layers,
+            options: options.clone(),
+            requests: Default::default(),
+            inflated: Default::default(),
+        })
+    }
+}
+
+/// Errors of a lower image are this image's trouble, too; some keep their kind.
+fn below_error(error: Error, referrer: &str, name: &str, depth: u32) -> Error {
+    let context = format!("{referrer}: opening the backing file {name:?} (depth {})", depth + 1);
+    match error.kind() {
+        ErrorKind::Policy
+        | ErrorKind::ChainDepth
+        | ErrorKind::Limit
+        | ErrorKind::Backing(_)
+        | ErrorKind::OutOfMemory => error.context(context),
+        _ => {
+            let kind = ErrorKind::Backing(error.errno());
+            error.wrap_as(kind, context)
+        }
+    }
+}
+
+/// The reference of the lowest layer so far, if it has one that is to be followed.
+fn next_reference(layers: &[Layer], options: &OpenOptions) -> Result<Option<Reference>> {
+    let Some(Layer::Qcow2(image)) = layers.last() else { return Ok(None) };
+    let Some(backing) = &image.header.backing else { return Ok(None) };
+    if options.no_backing || options.check_only {
+        if options.writable && !options.check_only {
+            return Err(Error::invalid(format!(
+                "{} has a backing file: it cannot be written without it",
+                image.storage.name()
+            )));
+        }
+        return Ok(None);
+    }
+    let depth = layers.len() as u32 - 1;
+    if depth >= options.max_chain_depth {
+        return Err(Error::new(
+            ErrorKind::ChainDepth,
+            format!("more than {depth} images are chained (see \"max-chain-depth\")"),
+        ));
+    }
+    Ok(Some(Reference {
+        kind: ReferenceKind::Backing,
+        depth,
+        name: backing.name.clone(),
+        format: backing.format.clone(),
+        referrer: image.storage.name().to_owned(),
+        writable: false,
+    }))
+}
+
+async fn open_layer<E: Engine>(
+    engine: &E,
+    storage: Storage,
+    options: &OpenOptions,
+    budget: &mut Budget,
+) -> Result<Layer> {
+    let length = storage.length()?;
+    let first = read(engine, &storage, 0, Header::READ_FIRST).await?;
+    match options.format {
+        Format::Raw => {
+            let is_qcow2 = first.starts_with(&MAGIC.to_be_bytes());
+            if is_qcow2 && options.writable && !options.allow_qcow2_magic {
+                return Err(Error::invalid(format!(
+                    "{} starts with the qcow2 magic: opening it as raw for writing is refused \
+                     unless \"allow-qcow2-magic\" is on",
+                    storage.name()
+                )));
+            }
+            check_size(length, options, &storage)?;
+            Ok(Layer::Raw(Raw { storage, size: length }))
+        }
+        Format::Qcow2 => {
+            let image = open_qcow2(engine, storage, &first, length, options, budget).await?;
+            Ok(Layer::Qcow2(Box::new(image)))
+        }
+    }
+}
+
+fn check_size(size: u64, options: &OpenOptions, storage: &Storage) -> Result<()> {
+    if size <= options.max_virtual_size {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Limit,
+        format!("{}: a disk of {size} bytes exceeds \"max-virtual-size\"", storage.name()),
+    ))
+}
+
+async fn open_qcow2<E: Engine>(
+    engine: &E,
+    storage: Storage,
+    first: &[u8],
+    length: u64,
+    options: &OpenOptions,
+    budget: &mut Budget,
+) -> Result<Qcow2> {
+    let in_image = |error: Error| error.context(storage.name().to_owned());
+    let wanted = Header::bytes_wanted(first).map_err(in_image)?;
+    let bytes = read(engine, &storage, 0, wanted).await?;
+    let header = match options.check_only {
+        true => Header::parse_for_check(&bytes).map_err(in_image)?,
+        false => Header::parse(&bytes).map_err(in_image)?,
+    };
+    if !options.check_only {
+        header.unsupported(options.writable).map_err(in_image)?;
+    }
+    let geometry = header.geometry;
+    let size = header.virtual_size();
+    check_size(size, options, &storage)?;
+
+    // CHECK_ONLY tolerates any damage: nothing but the header is looked at.
+    let l1_entries = if options.check_only { 0 } else { header.l1_size as usize };
+    budget.take(l1_entries as u64 * 8, "the L1 table", &storage)?;
+    let l1 = L1Table::new(words(&read(engine, &storage, header.l1_offset, l1_entries * 8).await?));
+    let l2 = l2_cache(geometry, size, options, budget, &storage)?;
+
+    let mut image = Qcow2 {
+        storage,
+        format: L2Format { geometry, version: header.version },
+        header,
+        size,
+        l1,
+        l2,
+        writing: None,
+        misses: AtomicU64::new(0),
+    };
+    if options.writable && !options.check_only {
+        let writing = open_for_writing(engine, &image, length, options, budget).await?;
+        image.writing = Some(writing);
+        clear_unknown_autoclear(engine, &mut image).await?;
+    }
+    Ok(image)
+}
+
+fn l2_cache(
+    geometry: Geometry,
+    size: u64,
+    options: &OpenOptions,
+    budget: &mut Budget,
+    storage: &Storage,
+) -> Result<SliceCache> {
+    let cluster = geometry.cluster_size();
+    let slice = options.l2_cache_entry_size.unwrap_or(4096.min(cluster));
+    if !slice.is_power_of_two() || slice < 512 || slice > cluster {
+        return Err(Error::invalid(format!(
+            "l2-cache-entry-size must be a power of two between 512 and the cluster size \
+             ({cluster})"
+        )));
+    }
+    // Twice what maps the disk: slots are found by hash, and memory is taken only
+    // when it is used.
+    let covering = geometry.clusters_for(size).saturating_mul(geometry.l2_entry_size() * 2);
+    let covering = covering.next_multiple_of(cluster).max(2 * slice);
+    let asked = match (options.l2_cache_size, options.cache_size) {
+        (Some(bytes), _) => Some(bytes),
+        (None, Some(all)) => {
+            Some(all.saturating_sub(options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES)))
+        }
+        (None, None) => None,
+    };
+    // Long chains share what there is; an explicit size is taken at its word.
+    let capacity = asked.unwrap_or(L2_CACHE_BYTES.min(budget.0 / 8)).min(covering).max(2 * slice);
+    budget.take(capacity, "a cache of L2 slices", storage)?;
+    Ok(SliceCache::new(slice as usize, capacity))
+}
+
+async fn open_for_writing<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    length: u64,
+    options: &OpenOptions,
+    budget: &mut Budget,
+) -> Result<Writing> {
+    let Qcow2 { storage, header, .. } = image;
+    let geometry = header.geometry;
+    refuse_enabled_bitmaps(engine, storage, header).await?;
+    let table_bytes = u64::from(header.reftable_clusters) * geometry.cluster_size();
+    let cache = options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES);
+    budget.take(table_bytes + cache, "the refcount table and its cache", storage)?;
+    let bytes = read(engine, storage, header.reftable_offset, table_bytes as usize).await?;
+    let table = Table { entries: words(&bytes).collect(), offset: header.reftable_offset };
+    // What the overlap index takes for each table.
+    budget.take(image.l1.len() as u64 * 17, "the index of L2 tables", storage)?;
+    let overlap = Arc::new(index_metadata(engine, image, &table).await?);
+    let health = Arc::new(Health::default());
+    let width = RefcountWidth::new(header.refcount_order)?;
+    let refcounts = Refcounts::new(geometry, width, table, cache, overlap.clone());
+    Ok(Writing {
+        allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
+        claims: Default::default(),
+        flushing: crate::io::wait::AsyncMutex::new(()),
+        flushes_begun: AtomicU64::new(0),
+        flushes_done: AtomicU64::new(0),
+        needs_sync: Default::default(),
+        punch: options.discard,
+        discard_keeps: options.discard_no_unref,
+        cow_bytes: AtomicU64::new(0),
+    })
+}
+
+/// Where the image's metadata is. `Corrupt` where a refcount block counts twice:
+/// no driver can keep such counts right.
+async fn index_metadata<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    table: &Table,
+) -> Result<OverlapIndex> {
+    let Qcow2 { storage, header, l1, .. } = image;
+    let size = header.geometry.cluster_size();
+    let tables = l1.iter().filter(|entry| entry & OFFSET_MASK != 0).count();
+    let blocks: Vec<u64> = table
+        .entries
+        .iter()
+        .map(|entry| entry & OFFSET_MASK)
+        .filter(|offset| *offset != 0)
+        .collect();
+    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
+    index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
+    index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
+    for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {
+        index.add(entry & OFFSET_MASK, size, Metadata::L2);
+    }
+    let mut sorted = blocks;
+    sorted.sort_unstable();
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::corrupt(format!(
+            "{}: the refcount table names the block at {:#x} twice (repair: qemu-img check -r all)",
+            storage.name(),
+            twice[0]
+        )));
+    }
+    for offset in sorted {
+        index.add(offset, size, Metadata::RefcountBlock);
+    }
+    if header.snapshot_count > 0 {
+        let length = storage.length()?.saturating_sub(header.snapshots_offset);
+        // Each entry has two strings of at most 64 KiB.
+        let most = u64::from(header.snapshot_count) * (40 + 1024 + 2 * 65536);
+        let bytes = length.min(most).min(MAX_SNAPSHOT_TABLE_BYTES) as usize;
+        let bytes = read(engine, storage, header.snapshots_offset, bytes).await?;
+        let (snapshots, used) = snapshot::parse_table(&bytes, header.snapshot_count)
+            .map_err(|error| error.context(storage.name().to_owned()))?;
+        index.add(header.snapshots_offset, used as u64, Metadata::SnapshotTable);
+        for entry in snapshots {
+            index.add(entry.l1_offset, u64::from(entry.l1_size) * 8, Metadata::InactiveL1);
+        }
+    }
+    Ok(index)
+}
+
+/// Bitmaps that record writes would go stale: this build does not keep them.
+async fn refuse_enabled_bitmaps<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    header: &Header,
+) -> Result<()> {
+    let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
+    let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
+    let entries = parse_directory(&bytes.await?, bitmaps.count)
+        .map_err(|error| error.context(storage.name().to_owned()))?;
+    if let Some(enabled) = entries.iter().find(|entry| entry.flags & bitmap::AUTO != 0) {
+        return Err(Error::new(
+            ErrorKind::UnsupportedFeature,
+            format!(
+                "{}: the persistent bitmap {:?} records writes, which this build cannot do: \
+                 disable it (qemu-img bitmap --disable)",
+                storage.name(),
+                String::from_utf8_lossy(&enabled.name)
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Autoclear bits say that something is still true that a writer who does not know
+/// them may break: they go before anything is written.
+async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
+    const AUTOCLEAR_AT: u64 = 88;
+    let unknown = image.header.unknown_autoclear();
+    if unknown == 0 || image.format.version < 3 {
+        return Ok(());
+    }
+    image.header.autoclear &= !unknown;
+    let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
+    image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
+    image.storage.sync(engine).await
+}
+
+/// Reads metadata; what lies past the end of the file is zero.
+pub(crate) async fn read<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    offset: u64,
+    bytes: usize,
+) -> Result<Vec<u8>> {
+    if bytes == 0 {
+        return Ok(Vec::new());
+    }
+    let block = Block::zeroed(bytes)?;
+    let all = block.slice(0, bytes);
+    storage.read(engine, Target::Block(all.clone()), offset).await?;
+    Ok(all.to_vec())
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|chunk| chunk.iter().fold(0, |word, b| word << 8 | u64::from(*b)))
+}

@@ -1,0 +1,416 @@
+//! One qcow2 image of a chain: its tables in memory, and the way from a guest
+//! offset to what is stored there.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::claims::Claims;
+use crate::alloc::allocator::Allocator;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::compressed::Compressed;
+use crate::format::header::{Header, incompatible};
+use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
+use crate::format::limits::OFFSET_MASK;
+use crate::format::subcluster::Subcluster;
+use crate::geometry::{Geometry, GuestCluster, GuestOffset, HostOffset};
+use crate::io::engine::{Engine, Piece, Target};
+use crate::io::storage::Storage;
+use crate::io::wait::AsyncMutex;
+use crate::metadata::cache::{Loaded, SliceCache, SliceMut};
+use crate::sys::memory::Block;
+
+/// An open qcow2 image, without what is below it.
+pub struct Qcow2 {
+    /// Where its bytes are.
+    pub storage: Storage,
+    /// As read at open.
+    pub header: Header,
+    /// How its L2 entries are read.
+    pub format: L2Format,
+    /// Bytes of the virtual disk.
+    pub size: u64,
+    /// The L1 table.
+    pub l1: L1Table,
+    /// Slices of L2 tables.
+    pub l2: SliceCache,
+    /// What only an image that is open for writing has.
+    pub writing: Option<Writing>,
+    /// Slices that had to be loaded.
+    pub misses: AtomicU64,
+}
+
+/// The state of an image that is open for writing.
+pub struct Writing {
+    /// Host clusters.
+    pub allocator: Allocator,
+    /// Requests that change the mapping.
+    pub claims: Claims,
+    /// Held by whoever writes metadata back.
+    pub flushing: AsyncMutex<()>,
+    /// Flushes begun and, the last of them, completed.
+    pub flushes_begun: AtomicU64,
+    /// The number of the last flush that completed.
+    pub flushes_done: AtomicU64,
+    /// Something was written that no sync has covered yet.
+    pub needs_sync: AtomicBool,
+    /// Whether the space of what is freed is given back.
+    pub punch: bool,
+    /// Discards keep their host clusters.
+    pub discard_keeps: bool,
+    /// Bytes read from below (or from an older place) and copied.
+    pub cow_bytes: AtomicU64,
+}
+
+/// The L1 table: host offsets of L2 tables, with the COPIED flag.
+pub struct L1Table {
+    entries: Box<[AtomicU64]>,
+    dirty: Mutex<BTreeSet<usize>>,
+}
+
+impl L1Table {
+    /// The table with these entries.
+    pub fn new(entries: impl Iterator<Item = u64>) -> L1Table {
+        L1Table { entries: entries.map(AtomicU64::new).collect(), dirty: Mutex::default() }
+    }
+
+    /// The entry at `index`; 0 past the end: there is no L2 table.
+    #[inline]
+    pub fn get(&self, index: u64) -> u64 {
+        let entry = usize::try_from(index).ok().and_then(|index| self.entries.get(index));
+        entry.map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Changes an entry; it is written with the next flush.
+    pub fn set(&self, index: u64, value: u64) {
+        let Some(index) = usize::try_from(index).ok().filter(|i| *i < self.entries.len()) else {
+            return;
+        };
+        let mut dirty = self.dirty();
+        self.entries[index].store(value, Ordering::Release);
+        dirty.insert(index);
+    }
+
+    fn dirty(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What changed since the last call: indices and values, in order.
+    pub fn take_dirty(&self) -> Vec<(usize, u64)> {
+        let mut dirty = self.dirty();
+        let list = std::mem::take(&mut *dirty);
+        list.into_iter().map(|i| (i, self.entries[i].load(Ordering::Acquire))).collect()
+    }
+
+    /// These did not reach the storage.
+    pub fn put_back(&self, entries: &[(usize, u64)]) {
+        self.dirty().extend(entries.iter().map(|(index, _)| *index));
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// All entries.
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.entries.iter().map(|entry| entry.load(Ordering::Acquire))
+    }
+}
+
+/// A part of the virtual disk that is stored alike, in one piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// What its subclusters are.
+    pub kind: Subcluster,
+    /// Bytes from the offset asked for.
+    pub len: u64,
+    /// Where that offset is (or would be) in the image file.
+    pub host: Option<HostOffset>,
+    /// Whether it may be written in place.
+    pub copied: bool,
+    /// Compressed data, of the whole cluster.
+    pub compressed: Option<Compressed>,
+}
+
+/// The result of a lookup without I/O.
+pub enum Lookup {
+    /// Found.
+    Run(Run),
+    /// A slice has to be loaded first.
+    Load(HostOffset),
+}
+
+impl Writing {
+    /// Data was written that no sync has covered yet.
+    #[inline]
+    pub fn mark_unsynced(&self) {
+        if !self.needs_sync.load(Ordering::Relaxed) {
+            self.needs_sync.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Sizes.
+    pub fn geometry(&self) -> Geometry {
+        self.format.geometry
+    }
+
+    /// The state for writing; `ReadOnly` if there is none.
+    pub fn writing(&self) -> Result<&Writing> {
+        self.writing.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::ReadOnly, format!("{} is open read-only", self.storage.name()))
+        })
+    }
+
+    /// Whether there is an image below (its offset 0 is not this one's zero).
+    pub fn has_backing(&self) -> bool {
+        self.header.backing.is_some()
+    }
+
+    /// The L2 table that an L1 entry names.
+    pub fn table_of(&self, l1_entry: u64) -> Result<Option<HostOffset>> {
+        let Some(table) = HostOffset::new(l1_entry & OFFSET_MASK) else { return Ok(None) };
+        if self.geometry().in_cluster(table.get()) != 0 {
+            return Err(Error::corrupt(format!(
+                "{}: an L1 entry points to {table}, which is not the start of a cluster",
+                self.storage.name()
+            )));
+        }
+        Ok(Some(table))
+    }
+
+    /// The slice of `table` that maps `cluster`, and the index of its entry there.
+    #[inline]
+    pub fn slice_of(&self, table: HostOffset, cluster: GuestCluster) -> (HostOffset, usize) {
+        let bytes = self.geometry().l2_index(cluster) * self.geometry().l2_entry_size();
+        let slice = self.l2.slice_bytes() as u64;
+        let key = table.checked_add(bytes & !(slice - 1)).unwrap_or(table);
+        (key, ((bytes & (slice - 1)) / self.geometry().l2_entry_size()) as usize)
+    }
+
+    /// Entries of a slice.
+    pub fn entries_per_slice(&self) -> usize {
+        self.l2.slice_bytes() / self.geometry().l2_entry_size() as usize
+    }
+
+    /// What is stored at `offset`, up to `max` bytes (at least 1), without I/O.
+    #[inline]
+    pub fn lookup(&self, offset: GuestOffset, max: u64) -> Result<Lookup> {
+        let geometry = self.geometry();
+        let cluster = geometry.guest_cluster(offset);
+        let l1_entry = self.l1.get(geometry.l1_index(cluster));
+        let Some(table) = self.table_of(l1_entry)? else {
+            let coverage = geometry.l2_coverage();
+            let len = max.min(coverage - (offset.0 & (coverage - 1)));
+            let kind = Subcluster::Unallocated;
+            return Ok(Lookup::Run(Run { kind, len, host: None, copied: false, compressed: None }));
+        };
+        let (key, index) = self.slice_of(table, cluster);
+        let found = self.l2.read(key, |words| self.walk(words, index, offset, max));
+        match found {
+            None => Ok(Lookup::Load(key)),
+            Some(Ok(mut run)) => {
+                // An L2 table that is shared makes all it maps shared.
+                run.copied &= l1_entry & COPIED != 0;
+                Ok(Lookup::Run(run))
+            }
+            Some(Err(error)) => {
+                let name = self.storage.name();
+                Err(error.context(format!("{name}: guest offset {offset}, L2 table at {table}")))
+            }
+        }
+    }
+
+    /// The longest run from entry `index` of a slice on.
+    #[inline]
+    fn walk(
+        &self,
+        words: &[AtomicU64],
+        index: usize,
+        offset: GuestOffset,
+        max: u64,
+    ) -> Result<Run> {
+        let geometry = self.geometry();
+        let (count, sub_bits) = (geometry.subclusters(), geometry.subcluster_bits());
+        let in_cluster = geometry.in_cluster(offset.0);
+        let first = (in_cluster >> sub_bits) as u32;
+        let cluster = self.format.decode(self.entry_at(words, index))?;
+        let (kind, subclusters) = cluster.run(first, count);
+        let mut end = first + subclusters;
+        let mut run = Run {
+            kind,
+            len: (u64::from(end) << sub_bits) - in_cluster,
+            host: None,
+            copied: false,
+            compressed: None,
+        };
+        match cluster {
+            Cluster::Standard { host, copied, .. } => {
+                run.host = host.checked_add(in_cluster);
+                run.copied = copied;
+            }
+            Cluster::Compressed(data) => {
+                run.compressed = Some(data);
+                run.len = run.len.min(max);
+                return Ok(run);
+            }
+            Cluster::None { .. } => {}
+        }
+        let mut next = index;
+        while end == count && run.len < max {
+            next += 1;
+            if next >= self.entries_per_slice() {
+                break;
+            }
+            let Ok(cluster) = self.format.decode(self.entry_at(words, next)) else { break };
+            let (kind, subclusters) = cluster.run(0, count);
+            let continues = match (cluster, run.host) {
+                (Cluster::None { .. }, None) => true,
+                (Cluster::Standard { host, copied, .. }, Some(start)) => {
+                    copied == run.copied && start.checked_add(run.len) == Some(host)
+                }
+                _ => false,
+            };
+            if kind != run.kind || !continues {
+                break;
+            }
+            end = subclusters;
+            run.len += u64::from(subclusters) << sub_bits;
+        }
+        run.len = run.len.min(max);
+        Ok(run)
+    }
+
+    #[inline]
+    fn entry_at(&self, words: &[AtomicU64], index: usize) -> L2Entry {
+        let word = |i: usize| words.get(i).map_or(0, |word| word.load(Ordering::Relaxed));
+        if self.geometry().extended_l2 {
+            L2Entry { descriptor: word(index * 2), bitmap: word(index * 2 + 1) }
+        } else {
+            L2Entry { descriptor: word(index), bitmap: 0 }
+        }
+    }
+
+    /// As `lookup`, loading what is missing.
+    pub async fn find<E: Engine>(&self, engine: &E, offset: GuestOffset, max: u64) -> Result<Run> {
+        loop {
+            match self.lookup(offset, max)? {
+                Lookup::Run(run) => return Ok(run),
+                Lookup::Load(key) => self.load(engine, key).await?,
+            }
+        }
+    }
+
+    /// Brings a slice of an L2 table into the cache.
+    pub async fn load<E: Engine>(&self, engine: &E, key: HostOffset) -> Result<()> {
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        loop {
+            let ticket = self.l2.begin_load(key);
+            let block = Block::zeroed(self.l2.slice_bytes())?;
+            self.storage.read(engine, Target::Block(block.all()), key.get()).await?;
+            match self.l2.finish_load(key, ticket, &block.all().to_vec()) {
+                Loaded::Done => return Ok(()),
+                Loaded::Stale => {}
+                Loaded::Full => self.make_room(engine).await?,
+            }
+        }
+    }
+
+    /// The entry of one cluster of `table`, and whether it says something valid.
+    pub async fn entry<E: Engine>(
+        &self,
+        engine: &E,
+        table: HostOffset,
+        cluster: GuestCluster,
+    ) -> Result<Cluster> {
+        let (key, index) = self.slice_of(table, cluster);
+        loop {
+            if let Some(entry) = self.l2.read(key, |words| self.entry_at(words, index)) {
+                return self.format.decode(entry).map_err(|error| {
+                    let name = self.storage.name();
+                    error.context(format!(
+                        "{name}: guest cluster {}, L2 table at {table}",
+                        cluster.0
+                    ))
+                });
+            }
+            self.load(engine, key).await?;
+        }
+    }
+
+    /// Changes entries of one slice of `table` in one step: `change` gets each
+    /// cluster's entry and returns the new one, or `None` to leave it.
+    pub async fn change<E: Engine>(
+        &self,
+        engine: &E,
+        table: HostOffset,
+        first: GuestCluster,
+        count: u64,
+        mut change: impl FnMut(u64, Cluster) -> Option<Cluster>,
+    ) -> Result<()> {
+        let (key, index) = self.slice_of(table, first);
+        loop {
+            let words = self.format.words();
+            let done = self.l2.update(key, |slice| {
+                let entry = |slice: &SliceMut<'_>, n| {
+                    self.format.decode(entry_in(slice, index + n as usize, words))
+                };
+                // All or nothing: see that every entry makes sense first.
+                for n in 0..count {
+                    entry(slice, n)?;
+                }
+                for n in 0..count {
+                    if let Some(new) = change(n, entry(slice, n)?) {
+                        let new = self.format.encode(new);
+                        set_entry_in(slice, index + n as usize, words, new);
+                    }
+                }
+                Ok(())
+            });
+            match done {
+                Some(result) => return result,
+                None => self.load(engine, key).await?,
+            }
+        }
+    }
+
+    /// If the error tells of corruption: no more writes, and the image says so on
+    /// disk (where its version can), so that nobody else writes to it either.
+    pub async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
+        let Some(writing) = &self.writing else { return error };
+        if error.kind() != ErrorKind::Corrupt || !writing.allocator.health.set_corrupt() {
+            return error;
+        }
+        crate::log::emit(crate::log::ERROR, "image", || {
+            format!("{}: marked as corrupt: {error}", self.storage.name())
+        });
+        if self.format.version >= 3 {
+            let bits = self.header.incompatible | incompatible::CORRUPT;
+            // The error that led here matters more than one from writing it down.
+            if let Ok(block) = Block::from_bytes(&bits.to_be_bytes()) {
+                let piece = [Piece::Block(block.slice(0, 8))];
+                let at = Header::INCOMPATIBLE_AT;
+                if self.storage.write(engine, &piece, at).await.is_ok() {
+                    let _ = self.storage.sync(engine).await;
+                }
+            }
+        }
+        error
+    }
+}
+
+fn entry_in(slice: &SliceMut<'_>, index: usize, words: usize) -> L2Entry {
+    L2Entry {
+        descriptor: slice.get(index * words),
+        bitmap: if words == 2 { slice.get(index * words + 1) } else { 0 },
+    }
+}
+
+fn set_entry_in(slice: &mut SliceMut<'_>, index: usize, words: usize, entry: L2Entry) {
+    slice.set(index * words, entry.descriptor);
+    if words == 2 {
+        slice.set(index * words + 1, entry.bitmap);
+    }
+}

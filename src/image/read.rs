@@ -1,0 +1,129 @@
+//! Reading: straight from where the mapping says into the caller's memory.
+
+use std::sync::{Arc, PoisonError};
+
+use super::disk::{Disk, Inflated, Layer, Located};
+use crate::error::{Error, Result};
+use crate::format::compressed::{self, Compressed};
+use crate::format::subcluster::Subcluster;
+use crate::geometry::GuestOffset;
+use crate::io::engine::{Engine, Target};
+use crate::sys::memory::Block;
+
+impl Disk {
+    /// Reads from the virtual disk. `InvalidArgument` past its end.
+    pub async fn read<E: Engine>(&self, engine: &E, to: Target<'_>, offset: u64) -> Result<()> {
+        self.check_range(offset, to.len() as u64)?;
+        self.requests.local().read(to.len() as u64);
+        match self.read_from(engine, 0, to, GuestOffset(offset)).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.note_corruption(engine, error).await),
+        }
+    }
+
+    /// Reads what layer `from` and those below it hold. The range lies on the
+    /// disk; what lies past the end of a shorter layer is zero.
+    pub(super) async fn read_from<E: Engine>(
+        &self,
+        engine: &E,
+        from: usize,
+        to: Target<'_>,
+        offset: GuestOffset,
+    ) -> Result<()> {
+        // What the mapping says stays true, as far as reuse goes, while we are in.
+        let writing = self.top().and_then(|image| image.writing.as_ref());
+        let _inside = writing.map(|writing| writing.allocator.epochs.enter());
+        let len = to.len();
+        let mut done = 0;
+        while done < len {
+            let at = GuestOffset(offset.0 + done as u64);
+            let part = self.locate(engine, from, at, (len - done) as u64).await?;
+            let count = part.run.len as usize;
+            // The common case keeps the target as it is: nothing is copied.
+            if done == 0 && count == len {
+                return self.read_part(engine, &part, to, at).await;
+            }
+            self.read_part(engine, &part, to.sub(done, count), at).await?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    async fn read_part<E: Engine>(
+        &self,
+        engine: &E,
+        part: &Located,
+        to: Target<'_>,
+        at: GuestOffset,
+    ) -> Result<()> {
+        let Some(layer) = self.layers.get(part.layer) else { return Ok(()) };
+        match (part.run.kind, layer) {
+            (Subcluster::Normal, Layer::Qcow2(image)) => match part.run.host {
+                Some(host) => image.storage.read(engine, to, host.get()).await,
+                None => Err(Error::corrupt("allocated data without a host offset")),
+            },
+            (Subcluster::Normal, Layer::Raw(raw)) => raw.storage.read(engine, to, at.0).await,
+            (Subcluster::Compressed, Layer::Qcow2(image)) => {
+                let Some(data) = part.run.compressed else { return Ok(()) };
+                let in_cluster = image.geometry().in_cluster(at.0) as usize;
+                let bytes = self.inflate(engine, part.layer, data).await?;
+                if let Some(bytes) = bytes.get(in_cluster..in_cluster + to.len()) {
+                    to.copy_from(bytes);
+                }
+                Ok(())
+            }
+            (
+                Subcluster::Compressed
+                | Subcluster::Unallocated
+                | Subcluster::Reserved
+                | Subcluster::Zero
+                | Subcluster::ZeroReserved,
+                _,
+            ) => {
+                to.fill_zero();
+                Ok(())
+            }
+        }
+    }
+
+    /// The bytes of a compressed cluster.
+    async fn inflate<E: Engine>(
+        &self,
+        engine: &E,
+        layer: usize,
+        data: Compressed,
+    ) -> Result<Arc<[u8]>> {
+        let remembered = || self.inflated.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = &*remembered() {
+            if last.layer == layer && last.data == data {
+                return Ok(last.bytes.clone());
+            }
+        }
+        let Some(Layer::Qcow2(image)) = self.layers.get(layer) else {
+            return Err(Error::corrupt("compressed data in a raw image"));
+        };
+        let size = image.geometry().cluster_size() as usize;
+        let block = Block::zeroed(data.length as usize)?;
+        let input = block.slice(0, data.length as usize);
+        image.storage.read(engine, Target::Block(input.clone()), data.offset).await?;
+        let mut output = vec![0; size];
+        compressed::inflate(&input.to_vec(), &mut output).map_err(|error| {
+            let name = image.storage.name();
+            let error = error.context(format!("{name}: compressed cluster at {:#x}", data.offset));
+            if layer > 0 { error.mark_from_below() } else { error }
+        })?;
+        let bytes: Arc<[u8]> = output.into();
+        *remembered() = Some(Inflated { layer, data, bytes: bytes.clone() });
+        Ok(bytes)
+    }
+
+    /// Marks this image as corrupt if the error says that it is; see `Qcow2`.
+    #[cold]
+    pub(super) async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
+        match self.top() {
+            Some(image) if !error.is_from_below() => image.note_corruption(engine, error).await,
+            _ => error,
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! The order on disk. This is the one module that knows it.
+//!
+//! ```text
+//! data, copies, new L2 tables, raised refcounts -> sync
+//!     -> L2 slices, L1 entries -> sync
+//!     -> freed clusters leave limbo, their refcounts are lowered
+//! ```
+//!
+//! Nothing durable ever points to what is not: the copies of what is dirty are
+//! taken *before* the first sync, so each pointer in them is to data that was
+//! written before. Nothing is reused before every pointer to it is durably gone.
+//! A flush with nothing to point to needs the first sync only.
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::disk::{Disk, Layer};
+use super::qcow2::{L1Table, Qcow2, Writing};
+use crate::alloc::allocator::Allocation;
+use crate::alloc::limbo::{Freed, Limbo};
+use crate::alloc::overlap::Metadata;
+use crate::error::{ErrorKind, Result};
+use crate::io::engine::{Engine, Piece};
+use crate::metadata::cache::WriteBack;
+use crate::sys::memory::Block;
+
+/// What one pass writes. Dropped before it is all written, everything is as
+/// dirty as before.
+struct Pass<'a> {
+    limbo: &'a Limbo,
+    dropped: Vec<Freed>,
+    slices: WriteBack<'a>,
+    l1: &'a L1Table,
+    entries: Vec<(usize, u64)>,
+}
+
+impl<'a> Pass<'a> {
+    fn begin(image: &'a Qcow2, writing: &'a Writing) -> Pass<'a> {
+        // In this order: what was freed is gone from the slices copied after it;
+        // the tables that slices belong to are in the L1 entries copied last.
+        let limbo = &writing.allocator.limbo;
+        let dropped = limbo.take_announced();
+        let slices = image.l2.take_dirty();
+        let entries = image.l1.take_dirty();
+        Pass { limbo, dropped, slices, l1: &image.l1, entries }
+    }
+
+    fn has_pointers(&self) -> bool {
+        !self.slices.is_empty() || !self.entries.is_empty()
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.limbo.put_back(std::mem::take(&mut self.dropped));
+        self.l1.put_back(&self.entries);
+    }
+}
+
+impl Disk {
+    /// Makes durable everything that completed before this call.
+    pub async fn flush<E: Engine>(&self, engine: &E) -> Result<()> {
+        match self.layers.first() {
+            Some(Layer::Qcow2(image)) if image.writing.is_some() => {
+                match image.flush(engine).await {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(self.note_corruption(engine, error).await),
+                }
+            }
+            Some(Layer::Raw(raw)) if raw.storage.access().writable => {
+                raw.storage.sync(engine).await
+            }
+            // Nothing can have been written.
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Qcow2 {
+    /// Makes durable what completed before. Callers that come while a flush is
+    /// under way share the next one.
+    pub async fn flush<E: Engine>(&self, engine: &E) -> Result<()> {
+        let writing = self.writing()?;
+        let begun = writing.flushes_begun.load(SeqCst);
+        let _leader = writing.flushing.lock().await;
+        writing.allocator.health.check()?;
+        if writing.flushes_done.load(SeqCst) > begun {
+            // One that began after we were called has done our work.
+            return Ok(());
+        }
+        let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
+        let mut pass = Pass::begin(self, writing);
+        let unsynced = writing.needs_sync.swap(false, SeqCst);
+        let result = async {
+            if !pass.has_pointers() && !unsynced {
+                return Ok(());
+            }
+            self.write_pass(engine, writing, &mut pass).await?;
+            if pass.has_pointers() {
+                writing.allocator.barrier(engine, &self.storage).await?;
+            }
+            Ok(())
+        }
+        .await;
+        if result.is_err() {
+            writing.needs_sync.store(true, SeqCst);
+            return result;
+        }
+        pass.entries.clear();
+        let dropped = std::mem::take(&mut pass.dropped);
+        writing.allocator.limbo.dropped(dropped, &writing.allocator.epochs);
+        writing.allocator.release_ready(engine, &self.storage).await?;
+        writing.flushes_done.store(number, SeqCst);
+        Ok(())
+    }
+
+    /// Everything up to the write of the pointers; what they drop is still theirs
+    /// until a sync has followed.
+    async fn write_pass<E: Engine>(
+        &self,
+        engine: &E,
+        writing: &Writing,
+        pass: &mut Pass<'_>,
+    ) -> Result<()> {
+        let allocator = &writing.allocator;
+        if pass.has_pointers() {
+            allocator.refcounts.write_back(engine, &self.storage).await?;
+        }
+        allocator.barrier(engine, &self.storage).await?;
+        while let Some(slice) = pass.slices.next() {
+            let (offset, bytes) = (slice.key.get(), slice.bytes.len() as u64);
+            allocator.overlap.check_table(offset, bytes, Metadata::L2)?;
+            let block = Block::from_bytes(&slice.bytes)?;
+            self.storage.write(engine, &[Piece::Block(block.all())], offset).await?;
+            pass.slices.mark_written();
+        }
+        for (index, value) in &pass.entries {
+            let offset = self.header.l1_offset + *index as u64 * 8;
+            allocator.overlap.check_table(offset, 8, Metadata::L1)?;
+            let block = Block::from_bytes(&value.to_be_bytes())?;
+            self.storage.write(engine, &[Piece::Block(block.slice(0, 8))], offset).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes back so that slices can leave the cache. Not a flush: what was
+    /// written still waits for a sync, and so does what it dropped.
+    pub(super) async fn make_room<E: Engine>(&self, engine: &E) -> Result<()> {
+        let Some(writing) = &self.writing else { return Ok(()) };
+        let _leader = writing.flushing.lock().await;
+        writing.allocator.health.check()?;
+        let mut pass = Pass::begin(self, writing);
+        if pass.has_pointers() {
+            let written = self.write_pass(engine, writing, &mut pass).await;
+            writing.needs_sync.store(true, SeqCst);
+            written?;
+            pass.entries.clear();
+        }
+        Ok(())
+    }
+
+    /// Allocates up to `want` clusters; when nothing else is free, what waits in
+    /// limbo is made free by a flush.
+    pub(super) async fn allocate<E: Engine>(
+        &self,
+        engine: &E,
+        want: u64,
+    ) -> Result<Allocation<'_>> {
+        /// With more than this waiting to be free, a flush comes before growth.
+        const LIMBO_BYTES: u64 = 64 << 20;
+        let allocator = &self.writing()?.allocator;
+        if allocator.limbo.clusters() > LIMBO_BYTES >> self.geometry().cluster_bits {
+            self.flush(engine).await?;
+        }
+        match allocator.allocate(engine, &self.storage, want).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace && allocator.limbo.clusters() > 0 => {
+                self.flush(engine).await?;
+                allocator.allocate(engine, &self.storage, want).await
+            }
+            other => other,
+        }
+    }
+
+    /// Brings the image into the state that its next user should find: flushed,
+    /// nothing reserved. Nobody may be inside.
+    pub(super) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
+        let Some(writing) = &self.writing else { return Ok(()) };
+        self.flush(engine).await?;
+        let allocator = &writing.allocator;
+        allocator.release_ready(engine, &self.storage).await?;
+        let needed = allocator.give_back_all(engine, &self.storage).await?;
+        if allocator.refcounts.is_dirty() {
+            allocator.refcounts.write_back(engine, &self.storage).await?;
+            allocator.barrier(engine, &self.storage).await?;
+        }
+        if let Some(length) = needed {
+            self.storage.truncate(engine, length).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,529 @@
+//! A bounded cache of slices: pieces of tables, as 64-bit words.
+//!
+//! Keyed by a slice's *host* offset, so that tables shared by snapshots are
+//! cached once. A hit takes no lock and writes to no shared cache line: each
+//! slot is an array of atomics under a sequence counter, and the slot's key is
+//! part of what the counter protects. Changes, loads and evictions take the lock
+//! of the slot's set, for a moment, never across I/O.
+//!
+//! The cache does no I/O and knows no order: who loads brings the bytes, who
+//! writes back asks for copies of what is dirty. A dirty slice is never evicted.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use once_cell::sync::OnceCell;
+
+use crate::geometry::HostOffset;
+
+const MAX_WAYS: usize = 8;
+
+/// The cache. All methods may be called from any thread.
+pub struct SliceCache {
+    slice_bytes: usize,
+    ways: usize,
+    set_bits: u32,
+    slots: Box<[Slot]>,
+    sets: Box<[Mutex<Set>]>,
+    /// Slots that became dirty since the last `take_dirty`, oldest first.
+    dirty: Mutex<Vec<usize>>,
+    evictions: AtomicU64,
+    bytes: AtomicU64,
+}
+
+struct Slot {
+    /// Odd while the slot changes.
+    sequence: AtomicU64,
+    /// Host offset of the slice; 0: empty.
+    key: AtomicU64,
+    /// Set by hits, cleared by the search for a victim.
+    used: AtomicBool,
+    words: OnceCell<Box<[AtomicU64]>>,
+}
+
+struct Set {
+    /// Rises whenever what a slice of this set is on disk may have changed: a
+    /// load that began before must not enter the cache.
+    generation: u64,
+    hand: usize,
+    state: Box<[SlotState]>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct SlotState {
+    dirty: bool,
+    writing: bool,
+}
+
+/// Remembers when a load began.
+#[derive(Clone, Copy)]
+pub struct LoadTicket(u64);
+
+/// What became of a load.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Loaded {
+    /// The slice is in the cache now.
+    Done,
+    /// What was read may be out of date: read again.
+    Stale,
+    /// Every slot that it could take is dirty: write back first.
+    Full,
+}
+
+/// A copy of a dirty slice, to be written to `key`.
+pub struct DirtySlice {
+    /// Where it belongs.
+    pub key: HostOffset,
+    /// The bytes to write.
+    pub bytes: Vec<u8>,
+    slot: usize,
+}
+
+/// Copies on their way to the storage. What has not been marked as written when
+/// this is dropped (an error, a cancelled request) is dirty again.
+pub struct WriteBack<'a> {
+    cache: &'a SliceCache,
+    slices: Vec<DirtySlice>,
+    written: usize,
+}
+
+impl WriteBack<'_> {
+    /// The next copy to write.
+    pub fn next(&self) -> Option<&DirtySlice> {
+        self.slices.get(self.written)
+    }
+
+    /// The copy that `next` returned is on the storage.
+    pub fn mark_written(&mut self) {
+        if let Some(copy) = self.slices.get(self.written) {
+            self.cache.written(copy);
+            self.written += 1;
+        }
+    }
+
+    /// Number of copies, written or not.
+    pub fn len(&self) -> usize {
+        self.slices.len()
+    }
+
+    /// Whether nothing was dirty.
+    pub fn is_empty(&self) -> bool {
+        self.slices.is_empty()
+    }
+}
+
+impl Drop for WriteBack<'_> {
+    fn drop(&mut self) {
+        self.slices.iter().skip(self.written).for_each(|copy| self.cache.not_written(copy));
+    }
+}
+
+/// Access to the words of one slice while it is changed.
+pub struct SliceMut<'a> {
+    words: &'a [AtomicU64],
+    changed: bool,
+}
+
+impl SliceMut<'_> {
+    /// The word at `index`; 0 past the end.
+    pub fn get(&self, index: usize) -> u64 {
+        self.words.get(index).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Number of words.
+    pub fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    /// Sets a word; the slice becomes dirty if that changes it.
+    pub fn set(&mut self, index: usize, value: u64) {
+        if let Some(word) = self.words.get(index) {
+            self.changed |= word.swap(value, Ordering::Relaxed) != value;
+        }
+    }
+}
+
+/// Keeps the sequence counter odd while a slot changes, and makes it even again
+/// also when the change panics.
+struct Changing<'a>(&'a AtomicU64, u64);
+
+impl<'a> Changing<'a> {
+    fn begin(sequence: &'a AtomicU64) -> Changing<'a> {
+        let now = sequence.load(Ordering::Relaxed);
+        sequence.store(now.wrapping_add(1), Ordering::Relaxed);
+        fence(Ordering::Release);
+        Changing(sequence, now.wrapping_add(2))
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.store(self.1, Ordering::Release);
+    }
+}
+
+impl SliceCache {
+    /// A cache of at most `capacity` bytes, and of at least two slices. Memory
+    /// is taken when a slot is first used.
+    pub fn new(slice_bytes: usize, capacity: u64) -> SliceCache {
+        let slots = usize::try_from(capacity / slice_bytes as u64).unwrap_or(usize::MAX).max(2);
+        let set_bits = (slots / MAX_WAYS).max(1).ilog2();
+        let sets = 1usize << set_bits;
+        let ways = slots / sets;
+        SliceCache {
+            slice_bytes,
+            ways,
+            set_bits,
+            slots: (0..sets * ways)
+                .map(|_| Slot {
+                    sequence: AtomicU64::new(0),
+                    key: AtomicU64::new(0),
+                    used: AtomicBool::new(false),
+                    words: OnceCell::new(),
+                })
+                .collect(),
+            sets: (0..sets)
+                .map(|_| {
+                    let state = vec![SlotState::default(); ways].into_boxed_slice();
+                    Mutex::new(Set { generation: 0, hand: 0, state })
+                })
+                .collect(),
+            dirty: Mutex::new(Vec::new()),
+            evictions: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes of a slice.
+    pub fn slice_bytes(&self) -> usize {
+        self.slice_bytes
+    }
+
+    /// Slices given up to make room, so far.
+    pub fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Relaxed)
+    }
+
+    /// Memory held, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+            + (self.slots.len() * size_of::<Slot>() + self.sets.len() * size_of::<Set>()) as u64
+    }
+
+    fn set_of(&self, key: HostOffset) -> usize {
+        let number = key.get() / self.slice_bytes as u64;
+        // Fibonacci hashing spreads both neighbours and equal strides evenly.
+        (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & ((1 << self.set_bits) - 1)
+    }
+
+    fn lock(&self, set: usize) -> MutexGuard<'_, Set> {
+        self.sets[set].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn dirty_list(&self) -> MutexGuard<'_, Vec<usize>> {
+        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at a slice without a lock. `look` may see words from different
+    /// moments and is then called again; it must have no effect but its result.
+    /// `None`: not in the cache.
+    #[inline]
+    pub fn read<R>(&self, key: HostOffset, look: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
+        let set = self.set_of(key);
+        let slots = &self.slots[set * self.ways..(set + 1) * self.ways];
+        'again: loop {
+            for slot in slots {
+                if slot.key.load(Ordering::Relaxed) != key.get() {
+                    continue;
+                }
+                let before = slot.sequence.load(Ordering::Acquire);
+                if before & 1 == 1 {
+                    std::hint::spin_loop();
+                    continue 'again;
+                }
+                let Some(words) = slot.words.get() else { continue };
+                let same_key = slot.key.load(Ordering::Relaxed) == key.get();
+                let result = look(words);
+                fence(Ordering::Acquire);
+                if slot.sequence.load(Ordering::Relaxed) != before {
+                    continue 'again;
+                }
+                if same_key {
+                    if !slot.used.load(Ordering::Relaxed) {
+                        slot.used.store(true, Ordering::Relaxed);
+                    }
+                    return Some(result);
+                }
+            }
+            return None;
+        }
+    }
+
+    /// Changes a slice in one step that readers cannot see half of. `None`: not
+    /// in the cache, nothing happened. `change` runs under a lock: it must be
+    /// short and call nothing that takes one.
+    pub fn update<R>(
+        &self,
+        key: HostOffset,
+        change: impl FnOnce(&mut SliceMut<'_>) -> R,
+    ) -> Option<R> {
+        let set_index = self.set_of(key);
+        let mut set = self.lock(set_index);
+        let way = self.find(set_index, key)?;
+        let index = set_index * self.ways + way;
+        let slot = &self.slots[index];
+        let words = slot.words.get()?;
+        let mut slice = SliceMut { words, changed: false };
+        let result = {
+            let _changing = Changing::begin(&slot.sequence);
+            change(&mut slice)
+        };
+        slot.used.store(true, Ordering::Relaxed);
+        if slice.changed {
+            let state = &mut set.state[way];
+            if !state.dirty {
+                state.dirty = true;
+                self.dirty_list().push(index);
+            }
+        }
+        Some(result)
+    }
+
+    fn find(&self, set: usize, key: HostOffset) -> Option<usize> {
+        (0..self.ways)
+            .find(|way| self.slots[set * self.ways + way].key.load(Ordering::Relaxed) == key.get())
+    }
+
+    /// To be called before the bytes of a slice are read from the storage.
+    pub fn begin_load(&self, key: HostOffset) -> LoadTicket {
+        LoadTicket(self.lock(self.set_of(key)).generation)
+    }
+
+    /// Brings what was read; bytes that are missing at the end are zero.
+    pub fn finish_load(&self, key: HostOffset, ticket: LoadTicket, bytes: &[u8]) -> Loaded {
+        let set_index = self.set_of(key);
+        let mut set = self.lock(set_index);
+        if self.find(set_index, key).is_some() {
+            return Loaded::Done;
+        }
+        if set.generation != ticket.0 {
+            return Loaded::Stale;
+        }
+        let Some(way) = self.victim(set_index, &mut set) else {
+            return Loaded::Full;
+        };
+        let slot = &self.slots[set_index * self.ways + way];
+        let words = slot.words.get_or_init(|| {
+            self.bytes.fetch_add(self.slice_bytes as u64, Ordering::Relaxed);
+            (0..self.slice_bytes / 8).map(|_| AtomicU64::new(0)).collect()
+        });
+        let _changing = Changing::begin(&slot.sequence);
+        if slot.key.swap(key.get(), Ordering::Relaxed) != 0 {
+            self.evictions.fetch_add(1, Ordering::Relaxed);
+        }
+        for (index, word) in words.iter().enumerate() {
+            let mut raw = [0; 8];
+            if let Some(part) = bytes.get(index * 8..index * 8 + 8) {
+                raw.copy_from_slice(part);
+            }
+            word.store(u64::from_be_bytes(raw), Ordering::Relaxed);
+        }
+        slot.used.store(true, Ordering::Relaxed);
+        Loaded::Done
+    }
+
+    /// A slot of the set that may be taken: an empty one, else the next clean
+    /// one that was not used since the hand last passed.
+    fn victim(&self, set_index: usize, set: &mut Set) -> Option<usize> {
+        let slots = &self.slots[set_index * self.ways..(set_index + 1) * self.ways];
+        if let Some(way) = slots.iter().position(|slot| slot.key.load(Ordering::Relaxed) == 0) {
+            return Some(way);
+        }
+        for _ in 0..2 * self.ways {
+            let way = set.hand;
+            set.hand = (set.hand + 1) % self.ways;
+            let state = set.state[way];
+            if !state.dirty && !state.writing && !slots[way].used.swap(false, Ordering::Relaxed) {
+                return Some(way);
+            }
+        }
+        None
+    }
+
+    /// Copies of all dirty slices, oldest first; they stay in the cache until
+    /// they are written. Only one write-back may be under way at a time.
+    pub fn take_dirty(&self) -> WriteBack<'_> {
+        let list = std::mem::take(&mut *self.dirty_list());
+        let mut copies = Vec::with_capacity(list.len());
+        for index in list {
+            let (set_index, way) = (index / self.ways, index % self.ways);
+            let mut set = self.lock(set_index);
+            let slot = &self.slots[index];
+            let state = &mut set.state[way];
+            let key = HostOffset::new(slot.key.load(Ordering::Relaxed));
+            let (true, Some(key), Some(words)) = (state.dirty, key, slot.words.get()) else {
+                continue;
+            };
+            state.dirty = false;
+            state.writing = true;
+            let mut bytes = Vec::with_capacity(self.slice_bytes);
+            for word in words {
+                bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+            }
+            copies.push(DirtySlice { key, bytes, slot: index });
+        }
+        WriteBack { cache: self, slices: copies, written: 0 }
+    }
+
+    /// Whether anything is dirty that `take_dirty` would return.
+    pub fn has_dirty(&self) -> bool {
+        !self.dirty_list().is_empty()
+    }
+
+    fn written(&self, copy: &DirtySlice) {
+        let mut set = self.lock(copy.slot / self.ways);
+        set.generation += 1;
+        set.state[copy.slot % self.ways].writing = false;
+    }
+
+    fn not_written(&self, copy: &DirtySlice) {
+        let mut set = self.lock(copy.slot / self.ways);
+        set.generation += 1;
+        let still_there = self.slots[copy.slot].key.load(Ordering::Relaxed) == copy.key.get();
+        let state = &mut set.state[copy.slot % self.ways];
+        state.writing = false;
+        if !state.dirty && still_there {
+            state.dirty = true;
+            self.dirty_list().push(copy.slot);
+        }
+    }
+
+    /// Forgets the slices of a host range: what was there is gone, or something
+    /// else will be put there by other means than this cache.
+    pub fn forget(&self, start: HostOffset, bytes: u64) {
+        let end = start.get().saturating_add(bytes);
+        for offset in (start.get()..end).step_by(self.slice_bytes) {
+            let Some(key) = HostOffset::new(offset) else { continue };
+            let set_index = self.set_of(key);
+            let mut set = self.lock(set_index);
+            set.generation += 1;
+            if let Some(way) = self.find(set_index, key) {
+                let slot = &self.slots[set_index * self.ways + way];
+                let _changing = Changing::begin(&slot.sequence);
+                slot.key.store(0, Ordering::Relaxed);
+                set.state[way].dirty = false;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u64) -> HostOffset {
+        HostOffset::new(n * 4096).unwrap()
+    }
+
+    fn load(cache: &SliceCache, n: u64) -> Loaded {
+        let ticket = cache.begin_load(key(n));
+        cache.finish_load(key(n), ticket, &[n as u8; 4096])
+    }
+
+    fn first(cache: &SliceCache, n: u64) -> Option<u64> {
+        cache.read(key(n), |words| words[0].load(Ordering::Relaxed) & 0xff)
+    }
+
+    #[test]
+    fn what_is_loaded_is_found() {
+        let cache = SliceCache::new(4096, 1 << 20);
+        assert_eq!(first(&cache, 7), None);
+        assert_eq!(load(&cache, 7), Loaded::Done);
+        assert_eq!(first(&cache, 7), Some(7));
+    }
+
+    #[test]
+    fn dirty_slices_stay_until_written() {
+        let cache = SliceCache::new(4096, 2 * 4096);
+        for n in [1, 2] {
+            assert_eq!(load(&cache, n), Loaded::Done);
+            cache.update(key(n), |slice| slice.set(0, 99)).unwrap();
+        }
+        assert_eq!(load(&cache, 3), Loaded::Full);
+        let mut copies = cache.take_dirty();
+        assert_eq!(copies.len(), 2);
+        assert_eq!(load(&cache, 3), Loaded::Full, "being written is not clean yet");
+        copies.mark_written();
+        assert_eq!(load(&cache, 3), Loaded::Done);
+        assert_eq!(first(&cache, 1), None);
+        drop(copies);
+        assert_eq!(cache.take_dirty().len(), 1);
+    }
+
+    #[test]
+    fn a_load_that_began_before_a_write_back_is_stale() {
+        let cache = SliceCache::new(4096, 2 * 4096);
+        let late = cache.begin_load(key(1));
+        load(&cache, 1);
+        cache.update(key(1), |slice| slice.set(0, 42)).unwrap();
+        cache.take_dirty().mark_written();
+        cache.forget(key(1), 4096);
+        assert_eq!(cache.finish_load(key(1), late, &[0; 4096]), Loaded::Stale);
+        assert_eq!(load(&cache, 1), Loaded::Done);
+    }
+
+    #[test]
+    fn unchanged_words_do_not_make_dirty() {
+        let cache = SliceCache::new(4096, 1 << 16);
+        load(&cache, 1);
+        let word = cache.update(key(1), |slice| slice.get(5)).unwrap();
+        cache.update(key(1), |slice| slice.set(5, word)).unwrap();
+        assert!(!cache.has_dirty());
+    }
+
+    #[test]
+    fn readers_never_see_half_of_a_change() {
+        let cache = SliceCache::new(4096, 2 * 4096);
+        load(&cache, 1);
+        cache.update(key(1), |slice| (0..2).for_each(|i| slice.set(i, 0))).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 1..20_000u64 {
+                    cache.update(key(1), |slice| (0..2).for_each(|i| slice.set(i, n))).unwrap();
+                }
+            });
+            scope.spawn(|| {
+                let pair = || {
+                    cache.read(key(1), |words| {
+                        (words[0].load(Ordering::Relaxed), words[1].load(Ordering::Relaxed))
+                    })
+                };
+                while let Some((a, b)) = pair() {
+                    assert_eq!(a, b);
+                    if a == 19_999 {
+                        break;
+                    }
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn a_cache_that_covers_the_tables_twice_hardly_evicts() {
+        let slices = 512;
+        let cache = SliceCache::new(4096, 2 * slices * 4096);
+        // Tables of 16 slices, far apart by various strides.
+        for stride in [16, 16 * 8193, 16 * 4096, 16 * 1001] {
+            for table in 0..slices / 16 {
+                for slice in 0..16 {
+                    load(&cache, 16 + table * stride + slice);
+                }
+            }
+            cache.forget(key(1), 0);
+        }
+        let resident = (0..slices / 16)
+            .filter(|table| first(&cache, 16 + table * 16 * 1001).is_some())
+            .count();
+        assert!(resident as u64 >= slices / 16 * 9 / 10, "{resident}");
+    }
+}
