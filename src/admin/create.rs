@@ -43,17 +43,6 @@ impl Default for CreateOptions {
     }
 }
 
-impl CreateOptions {
-    /// Sets an option by its name in `qemu-img create -o`.
-    ///
-    /// `NotFound`: no such option; `InvalidArgument`: bad value;
-    /// `NotSupported`: known, but not what this build can do.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let _ = value;
-        Err(Error::new(ErrorKind::NotFound, format!("there is no create option {name:?}")))
-    }
-}
-
 /// Makes an image in `source`, whatever was there before. Durable on return
 /// unless `open` says `no_flush`. Blocks.
 pub fn create(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<()> {

@@ -1,3 +1,4 @@
 //! What is done to images as wholes: create, measure, probe.
 
 pub mod create;
+mod option_names;

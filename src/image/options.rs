@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::io::storage::Source;
 
 /// The format of an image. It is never guessed.
@@ -202,15 +202,5 @@ impl OpenOptions {
     pub fn policy(mut self, policy: Policy) -> OpenOptions {
         self.policy = policy;
         self
-    }
-
-    /// Sets an option by its name in QEMU (`qemu-img --image-opts`, qcow2
-    /// driver) or one of ours; see the C header for the list.
-    ///
-    /// `NotFound`: no such option; `InvalidArgument`: bad value;
-    /// `NotSupported`: known, but not what this build can do.
-    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
-        let _ = value;
-        Err(Error::new(ErrorKind::NotFound, format!("there is no open option {name:?}")))
     }
 }

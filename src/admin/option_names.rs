@@ -1,0 +1,165 @@
+//! The options of creating, by name: those of `qemu-img create -o`. What each
+//! value may be is decided here; what goes together, by create.
+
+use super::create::CreateOptions;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::option_values::{bad_value, number, size, switch};
+
+impl CreateOptions {
+    /// Sets an option by its name in `qemu-img create -o`:
+    ///
+    /// | name | value | |
+    /// |---|---|---|
+    /// | size | size | of the virtual disk |
+    /// | compat | 0.10, 1.1 (v2, v3) | header version 2 or 3 |
+    /// | cluster_size | size | a power of two between 512 and 2M |
+    /// | extended_l2 | on, off | subclusters |
+    /// | refcount_bits | number | a power of two up to 64 |
+    /// | lazy_refcounts | on, off | a hint to those who know it |
+    /// | compression_type | zlib | |
+    /// | preallocation | off | |
+    ///
+    /// `NotFound`: no such option; `InvalidArgument`: bad value;
+    /// `NotSupported`: an option or value of QEMU's that this build does not
+    /// have.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        match name {
+            "size" => self.size = Some(size(name, value)?),
+            "compat" => self.version = version(name, value)?,
+            "cluster_size" => self.cluster_size = cluster_size(name, value)?,
+            "extended_l2" => self.extended_l2 = switch(name, value)?,
+            "refcount_bits" => self.refcount_bits = refcount_bits(name, value)?,
+            "lazy_refcounts" => self.lazy_refcounts = switch(name, value)?,
+            "compression_type" => match value {
+                "zlib" => {}
+                "zstd" => return Err(unsupported(name, value)),
+                _ => return Err(bad_value(name, value, "it is zlib or zstd")),
+            },
+            "preallocation" => match value {
+                "off" => {}
+                "metadata" | "falloc" | "full" => return Err(unsupported(name, value)),
+                _ => return Err(bad_value(name, value, "it is off, metadata, falloc or full")),
+            },
+            "data_file_raw" | "encryption" => {
+                if switch(name, value)? {
+                    return Err(unsupported(name, value));
+                }
+            }
+            "backing_file" | "backing_fmt" => {
+                let text =
+                    format!("{name:?} cannot be set by name: backing files have their own call");
+                return Err(Error::new(ErrorKind::NotSupported, text));
+            }
+            "data_file"
+            | "encrypt.format"
+            | "encrypt.key-secret"
+            | "encrypt.cipher-alg"
+            | "encrypt.cipher-mode"
+            | "encrypt.ivgen-alg"
+            | "encrypt.ivgen-hash-alg"
+            | "encrypt.hash-alg"
+            | "encrypt.iter-time" => return Err(unsupported(name, value)),
+            _ => {
+                let text = format!("there is no create option {name:?}");
+                return Err(Error::new(ErrorKind::NotFound, text));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cold]
+fn unsupported(name: &str, value: &str) -> Error {
+    let text = format!("the create option {name:?} = {value:?} is not supported by this build");
+    Error::new(ErrorKind::NotSupported, text)
+}
+
+fn version(name: &str, value: &str) -> Result<u32> {
+    match value {
+        "0.10" | "v2" => Ok(2),
+        "1.1" | "v3" => Ok(3),
+        _ => Err(bad_value(name, value, "it is 0.10 (version 2) or 1.1 (version 3)")),
+    }
+}
+
+fn cluster_size(name: &str, value: &str) -> Result<u64> {
+    let bytes = size(name, value)?;
+    if !bytes.is_power_of_two() || !(512..=2 << 20).contains(&bytes) {
+        return Err(bad_value(name, value, "it is a power of two between 512 and 2048k"));
+    }
+    Ok(bytes)
+}
+
+fn refcount_bits(name: &str, value: &str) -> Result<u32> {
+    let bits = number(name, value, 64)?;
+    if !bits.is_power_of_two() {
+        return Err(bad_value(name, value, "it is a power of two, at most 64"));
+    }
+    Ok(bits as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(name: &str, value: &str) -> ErrorKind {
+        CreateOptions::default().set(name, value).unwrap_err().kind()
+    }
+
+    #[test]
+    fn values_arrive() {
+        let mut options = CreateOptions::default();
+        for (name, value) in [
+            ("size", "1.5G"),
+            ("compat", "0.10"),
+            ("cluster_size", "2M"),
+            ("extended_l2", "on"),
+            ("refcount_bits", "64"),
+            ("lazy_refcounts", "on"),
+            ("compression_type", "zlib"),
+            ("preallocation", "off"),
+            ("data_file_raw", "off"),
+        ] {
+            options.set(name, value).unwrap();
+        }
+        assert_eq!(options.size, Some(3 << 29));
+        assert_eq!((options.version, options.cluster_size), (2, 2 << 20));
+        assert_eq!((options.extended_l2, options.lazy_refcounts), (true, true));
+        assert_eq!(options.refcount_bits, 64);
+        options.set("compat", "v3").unwrap();
+        assert_eq!(options.version, 3);
+    }
+
+    #[test]
+    fn errors_tell_name_from_value_from_lack() {
+        for name in ["", "cluster-size", "nocow", "encrypt."] {
+            assert_eq!(kind(name, "on"), ErrorKind::NotFound, "{name}");
+        }
+        for (name, value) in [
+            ("size", "big"),
+            ("compat", "1.2"),
+            ("cluster_size", "256"),
+            ("cluster_size", "4M"),
+            ("cluster_size", "65537"),
+            ("cluster_size", "0"),
+            ("extended_l2", "1"),
+            ("refcount_bits", "0"),
+            ("refcount_bits", "3"),
+            ("refcount_bits", "128"),
+            ("compression_type", "lz4"),
+            ("preallocation", "on"),
+            ("data_file_raw", "maybe"),
+        ] {
+            assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
+        }
+        for (name, value) in [
+            ("compression_type", "zstd"),
+            ("preallocation", "full"),
+            ("data_file_raw", "on"),
+            ("encrypt.format", "luks"),
+            ("backing_file", "base"),
+        ] {
+            assert_eq!(kind(name, value), ErrorKind::NotSupported, "{name}={value}");
+        }
+    }
+}

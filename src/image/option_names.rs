@@ -1,0 +1,250 @@
+//! The options of opening, by name: QEMU's names for its qcow2 driver
+//! (`--image-opts`), and a few of our own. What each value may be is decided
+//! here, and which values go together.
+
+use super::option_values::{bad_value, number, size, switch};
+use super::options::{Format, OpenOptions};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Kinds of metadata, as in "overlap-check.main-header".
+const METADATA: [&str; 9] = [
+    "main-header",
+    "active-l1",
+    "active-l2",
+    "refcount-table",
+    "refcount-block",
+    "snapshot-table",
+    "inactive-l1",
+    "inactive-l2",
+    "bitmap-directory",
+];
+
+const TEMPLATES: [&str; 4] = ["none", "constant", "cached", "all"];
+
+impl OpenOptions {
+    /// Sets an option by its name in QEMU (qcow2 driver) or one of ours:
+    ///
+    /// | name | value | |
+    /// |---|---|---|
+    /// | cache-size | size | bytes for both metadata caches |
+    /// | l2-cache-size | size | bytes for slices of L2 tables |
+    /// | l2-cache-entry-size | size | bytes of a slice: a power of two, 512 to the cluster size |
+    /// | refcount-cache-size | size | bytes for refcount blocks |
+    /// | cache-clean-interval | seconds | accepted; the library has no thread that would clean, and its caches are bounded by their sizes |
+    /// | lazy-refcounts | on, off | accepted; refcounts are always written in order, so that a crash leaves no dirty image either way |
+    /// | overlap-check | none, constant, cached, all | accepted; the check cannot be turned down: it always covers what "cached" does, and the tables of snapshots' L2 ("inactive-l2") never |
+    /// | overlap-check.template | as above | as above |
+    /// | overlap-check.KIND | on, off | as above, for one kind of metadata |
+    /// | pass-discard-request | on, off | whether freed clusters are punched out of the storage |
+    /// | discard-no-unref | on, off | whether a discard keeps the host cluster |
+    /// | backing-format | raw, qcow2 | of a backing file whose image stores no format |
+    /// | backing-direct | on, off | O_DIRECT for the images below |
+    /// | repair-dirty | on, off | whether a dirty image is repaired when it is opened for writing |
+    /// | allow-qcow2-magic | on, off | open as raw, for writing, what starts with the qcow2 magic |
+    /// | max-chain-depth | number | images below this one |
+    /// | max-metadata-size | size | bytes of metadata in memory, for the whole chain |
+    /// | max-virtual-size | size | of the disk |
+    ///
+    /// Sizes are bytes, maybe with a suffix ("64M", "1.5G").
+    ///
+    /// `NotFound`: no such option; `InvalidArgument`: bad value;
+    /// `NotSupported`: an option of QEMU's that this build does not have.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        match name {
+            "cache-size" => self.cache_size = Some(size(name, value)?),
+            "l2-cache-size" => self.l2_cache_size = Some(size(name, value)?),
+            "l2-cache-entry-size" => self.l2_cache_entry_size = Some(slice_size(name, value)?),
+            "refcount-cache-size" => self.refcount_cache_size = Some(size(name, value)?),
+            "cache-clean-interval" => {
+                number(name, value, u64::from(u32::MAX))?;
+            }
+            "lazy-refcounts" => {
+                switch(name, value)?;
+            }
+            "overlap-check" | "overlap-check.template" => {
+                if !TEMPLATES.contains(&value) {
+                    return Err(bad_value(name, value, "it is none, constant, cached or all"));
+                }
+            }
+            "pass-discard-request" => self.discard = switch(name, value)?,
+            "discard-no-unref" => self.discard_no_unref = switch(name, value)?,
+            "backing-format" => self.backing_format = Some(format(name, value)?),
+            "backing-direct" => self.backing_direct = Some(switch(name, value)?),
+            "repair-dirty" => self.repair_dirty = switch(name, value)?,
+            "allow-qcow2-magic" => self.allow_qcow2_magic = switch(name, value)?,
+            "max-chain-depth" => {
+                let depth = number(name, value, u64::from(u32::MAX))?;
+                self.max_chain_depth = u32::try_from(depth).unwrap_or(u32::MAX);
+            }
+            "max-metadata-size" => self.max_metadata_size = size(name, value)?,
+            "max-virtual-size" => self.max_virtual_size = size(name, value)?,
+            "pass-discard-snapshot"
+            | "pass-discard-other"
+            | "data-file"
+            | "encrypt.format"
+            | "encrypt.key-secret" => {
+                let text = format!("the open option {name:?} is not supported by this build");
+                return Err(Error::new(ErrorKind::NotSupported, text));
+            }
+            _ => match name.strip_prefix("overlap-check.") {
+                Some(kind) if METADATA.contains(&kind) => {
+                    switch(name, value)?;
+                }
+                _ => {
+                    let text = format!("there is no open option {name:?}");
+                    return Err(Error::new(ErrorKind::NotFound, text));
+                }
+            },
+        }
+        Ok(())
+    }
+
+    /// Checks the options that only make sense together, as QEMU does at open.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let Some(both) = self.cache_size else { return Ok(()) };
+        if self.l2_cache_size.is_some() && self.refcount_cache_size.is_some() {
+            return Err(Error::invalid(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same \
+                 time: leave one out",
+            ));
+        }
+        let parts = [
+            ("l2-cache-size", self.l2_cache_size),
+            ("refcount-cache-size", self.refcount_cache_size),
+        ];
+        for (name, part) in parts {
+            if let Some(part) = part.filter(|part| *part > both) {
+                return Err(Error::invalid(format!(
+                    "{name} may not exceed cache-size: {part} is more than {both}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Its upper limit, the image's cluster size, is not known yet.
+fn slice_size(name: &str, value: &str) -> Result<u64> {
+    let bytes = size(name, value)?;
+    if !bytes.is_power_of_two() || !(512..=2 << 20).contains(&bytes) {
+        let wanted = "it is a power of two between 512 and the cluster size";
+        return Err(bad_value(name, value, wanted));
+    }
+    Ok(bytes)
+}
+
+fn format(name: &str, value: &str) -> Result<Format> {
+    Format::from_name(value.as_bytes()).ok_or_else(|| bad_value(name, value, "it is raw or qcow2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(name: &str, value: &str) -> ErrorKind {
+        OpenOptions::new().set(name, value).unwrap_err().kind()
+    }
+
+    #[test]
+    fn values_arrive() {
+        let mut options = OpenOptions::new();
+        for (name, value) in [
+            ("cache-size", "3M"),
+            ("l2-cache-size", "2M"),
+            ("l2-cache-entry-size", "8k"),
+            ("refcount-cache-size", "0x40000"),
+            ("pass-discard-request", "off"),
+            ("discard-no-unref", "on"),
+            ("backing-format", "raw"),
+            ("backing-direct", "off"),
+            ("repair-dirty", "off"),
+            ("allow-qcow2-magic", "on"),
+            ("max-chain-depth", "3"),
+            ("max-metadata-size", "64M"),
+            ("max-virtual-size", "1T"),
+        ] {
+            options.set(name, value).unwrap();
+        }
+        assert_eq!(options.cache_size, Some(3 << 20));
+        assert_eq!(options.l2_cache_size, Some(2 << 20));
+        assert_eq!(options.l2_cache_entry_size, Some(8192));
+        assert_eq!(options.refcount_cache_size, Some(0x40000));
+        assert!(!options.discard && options.discard_no_unref);
+        assert_eq!(options.backing_format, Some(Format::Raw));
+        assert_eq!(options.backing_direct, Some(false));
+        assert!(!options.repair_dirty && options.allow_qcow2_magic);
+        assert_eq!(options.max_chain_depth, 3);
+        assert_eq!(options.max_metadata_size, 64 << 20);
+        assert_eq!(options.max_virtual_size, 1 << 40);
+    }
+
+    #[test]
+    fn what_changes_nothing_is_still_checked() {
+        let mut options = OpenOptions::new();
+        let before = format!("{options:?}");
+        for (name, value) in [
+            ("cache-clean-interval", "0"),
+            ("cache-clean-interval", "600"),
+            ("lazy-refcounts", "on"),
+            ("overlap-check", "none"),
+            ("overlap-check", "all"),
+            ("overlap-check.template", "constant"),
+            ("overlap-check.main-header", "off"),
+            ("overlap-check.bitmap-directory", "on"),
+        ] {
+            options.set(name, value).unwrap();
+        }
+        assert_eq!(format!("{options:?}"), before);
+        for (name, value) in [
+            ("cache-clean-interval", "4294967296"),
+            ("cache-clean-interval", "1.5"),
+            ("lazy-refcounts", "maybe"),
+            ("overlap-check", "some"),
+            ("overlap-check.template", "on"),
+            ("overlap-check.active-l2", "all"),
+        ] {
+            assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
+        }
+    }
+
+    #[test]
+    fn errors_tell_name_from_value() {
+        for name in ["", "cache_size", "Cache-Size", "overlap-check.", "overlap-check.l3", "driver"]
+        {
+            assert_eq!(kind(name, "on"), ErrorKind::NotFound, "{name}");
+        }
+        for (name, value) in [
+            ("cache-size", ""),
+            ("cache-size", "-1"),
+            ("l2-cache-entry-size", "256"),
+            ("l2-cache-entry-size", "4M"),
+            ("l2-cache-entry-size", "5000"),
+            ("backing-format", "vmdk"),
+            ("backing-direct", "auto"),
+            ("max-chain-depth", "4294967296"),
+        ] {
+            assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
+        }
+        assert_eq!(kind("encrypt.key-secret", "sec0"), ErrorKind::NotSupported);
+    }
+
+    #[test]
+    fn cache_sizes_go_together() {
+        let check = |sizes: [(&str, &str); 2], third: Option<(&str, &str)>| {
+            let mut options = OpenOptions::new();
+            for (name, value) in sizes.into_iter().chain(third) {
+                options.set(name, value).unwrap();
+            }
+            options.validate().map_err(|error| error.kind())
+        };
+        let refused = Err(ErrorKind::InvalidArgument);
+        let (l2, refcount) = (("l2-cache-size", "1M"), ("refcount-cache-size", "256K"));
+        assert_eq!(check([l2, refcount], None), Ok(()));
+        assert_eq!(check([("cache-size", "1M"), l2], None), Ok(()));
+        assert_eq!(check([("cache-size", "1M"), refcount], None), Ok(()));
+        assert_eq!(check([("cache-size", "1023K"), l2], None), refused);
+        assert_eq!(check([("cache-size", "255K"), refcount], None), refused);
+        assert_eq!(check([("cache-size", "4M"), l2], Some(refcount)), refused);
+        assert!(OpenOptions::new().validate().is_ok());
+    }
+}
