@@ -165,9 +165,7 @@ void qcow2rs_free(void *ptr);
 
 /* Called from any thread, concurrently.  msg is NUL-terminated, no newline,
  * valid during the call.  The callback may make [CB] calls only. */
-typedef void (*qcow2rs_log_fn)(void *opaque,
-                               uint32_t level,
-                               const char *target,
+typedef void (*qcow2rs_log_fn)(void *opaque, uint32_t level, const char *target,
                                const char *msg);
 
 /* [MT] Process-wide; default: none, nothing is logged.  fn == NULL removes.

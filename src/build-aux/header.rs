@@ -85,33 +85,45 @@ fn section(source: &Path, text: &str, all_structs: &HashSet<&str>) -> Result<Str
     Ok(String::from_utf8(out)?)
 }
 
-/// A declaration, or a line of one, and the comment that belongs to it.
+/// A declaration, a member of one, or a line that is neither, and the comment
+/// that belongs to it.
 struct Item<'a> {
     comment: Vec<&'a str>,
     code: String,
 }
 
-/// Lays out comments as a person would.
-fn tidy(raw: &str) -> String {
-    let mut items = Vec::new();
+/// Takes the generator's output apart.
+fn items(raw: &str) -> Vec<Item<'_>> {
+    let mut items: Vec<Item<'_>> = Vec::new();
     let mut comment = Vec::new();
     let mut lines = raw.lines();
     while let Some(line) = lines.next() {
         if line.trim() == "/*" {
             comment = lines.by_ref().map(str::trim).take_while(|line| *line != "*/").collect();
-        } else if !line.is_empty() {
-            items.push(Item { comment: std::mem::take(&mut comment), code: unsigned(line) });
+            continue;
+        }
+        match items.last_mut() {
+            Some(last) if last.code.ends_with(',') => {
+                last.code.push(' ');
+                last.code.push_str(line.trim());
+            }
+            _ if line.is_empty() => {}
+            _ => items.push(Item { comment: std::mem::take(&mut comment), code: unsigned(line) }),
         }
     }
+    items
+}
 
+/// Lays the declarations out as a person would.
+fn tidy(raw: &str) -> String {
     let mut out = String::new();
-    for run in items.chunk_by(|a, b| kind(a) == kind(b)) {
-        let column = run.iter().map(|item| item.code.len()).max().unwrap_or(0) + 1;
+    for run in items(raw).chunk_by(|a, b| kind(a) == kind(b)) {
+        let column = run.iter().map(|item| item.code.len()).filter(|len| *len < WIDTH / 2 + 4);
+        let column = column.max().unwrap_or(0) + 1;
         for item in run {
-            let text = item.comment.join(" ");
-            let behind = wrap(&text, WIDTH.saturating_sub(column + 6));
             let small = matches!(kind(item), Kind::Constant | Kind::Field);
-            if small && !item.comment.is_empty() && behind.len() <= 3 {
+            let behind = wrap(&item.comment.join(" "), WIDTH - column - 6);
+            if small && item.code.len() < column && (1..=3).contains(&behind.len()) {
                 out.push_str(&format!("{:column$}/* ", item.code));
                 let indent = format!("\n{:1$}", "", column + 3);
                 out.push_str(&behind.join(&indent));
@@ -124,7 +136,7 @@ fn tidy(raw: &str) -> String {
                 rest.iter().for_each(|line| out.push_str(&format!("\n{indent} * {line}")));
                 out.push_str(" */\n");
             }
-            out.push_str(&item.code);
+            out.push_str(&parameters(&item.code));
             out.push('\n');
             if kind(item) == Kind::Other && item.code.ends_with(';') {
                 out.push('\n');
@@ -134,7 +146,28 @@ fn tidy(raw: &str) -> String {
             out.push('\n');
         }
     }
-    out.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+    out
+}
+
+/// Breaks a prototype that is too long, behind its opening parenthesis.
+fn parameters(code: &str) -> String {
+    let start = code.rfind('(').map_or(0, |at| at + 1);
+    if code.len() <= WIDTH || start == 0 {
+        return code.to_string();
+    }
+    let indent = format!("\n{:start$}", "");
+    let mut out = code[..start].to_string();
+    let mut used = start;
+    for parameter in code[start..].split_inclusive(", ") {
+        if used > start && used + parameter.trim_end().len() > WIDTH {
+            out.truncate(out.trim_end().len());
+            out.push_str(&indent);
+            used = start;
+        }
+        out.push_str(parameter);
+        used += parameter.len();
+    }
+    out
 }
 
 #[derive(PartialEq, Clone, Copy)]
@@ -169,10 +202,13 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 
 /// Constants are unsigned in Rust and become so in C.
 fn unsigned(line: &str) -> String {
-    let number = line.strip_prefix("#define ").and_then(|rest| rest.split_once(' '));
-    match number {
+    let constant = line.strip_prefix("#define ").and_then(|rest| rest.split_once(' '));
+    match constant {
         Some((name, value)) if value.bytes().all(|b| b.is_ascii_digit()) => {
             format!("#define {name} {value}u")
+        }
+        Some((name, value)) if value.starts_with("(1 << ") => {
+            format!("#define {name} {}", value.replacen("(1 <<", "(1u <<", 1))
         }
         _ => line.to_string(),
     }
