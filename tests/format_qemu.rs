@@ -397,7 +397,6 @@ fn compressed_clusters_agree() {
         .collect();
     fs::write(scene.path("content"), &content).unwrap();
     for options in ["cluster_size=4k", "", "cluster_size=2M", "extended_l2=on"] {
-        let cluster_size = if options.contains("2M") { "2M" } else { "64k" };
         let mut arguments = vec!["convert", "-q", "-c", "-f", "raw", "-O", "qcow2"];
         if !options.is_empty() {
             arguments.extend(["-o", options]);
