@@ -7,29 +7,23 @@ use std::process::{Command, Output};
 
 use qcow2rs::error::ErrorKind;
 use qcow2rs::format::bitmap::{AUTO, BitmapCluster, encode_directory, parse_directory};
-use qcow2rs::format::compressed::{decode, inflate};
+use qcow2rs::format::compressed::inflate;
 use qcow2rs::format::header::{Header, autoclear};
+use qcow2rs::format::l2::{Cluster, L2Entry, L2Format};
 use qcow2rs::format::limits::OFFSET_MASK;
 use qcow2rs::format::refcount::RefcountWidth;
 use qcow2rs::format::snapshot::{encode_table, parse_table};
+use qcow2rs::format::subcluster::Subcluster;
 use serde_json::Value;
 
-/// Runs qemu-img in a directory.
-fn run(directory: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new("qemu-img");
+/// Runs a program of QEMU's in a directory.
+fn run(program: &str, directory: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(program);
     command.current_dir(directory).args(arguments).env("LC_ALL", "C");
     match command.output() {
         Ok(output) => output,
-        Err(error) => panic!("qemu-img cannot be run: {error}; install the package qemu-utils"),
+        Err(error) => panic!("{program} cannot be run: {error}; install the package qemu-utils"),
     }
-}
-
-/// Runs qemu-img, which must succeed, and returns what it prints.
-fn qemu_img(directory: &Path, arguments: &[&str]) -> String {
-    let output = run(directory, arguments);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "qemu-img {}: {errors}", arguments.join(" "));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A directory with a raw file `base.img` for images to stand on.
@@ -48,8 +42,25 @@ impl Scene {
         self.directory.path().join(name)
     }
 
+    /// Runs a program, which must succeed, and returns what it prints.
+    fn succeed(&self, program: &str, arguments: &[&str]) -> String {
+        let output = run(program, self.directory.path(), arguments);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {}: {errors}", arguments.join(" "));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     fn qemu_img(&self, arguments: &[&str]) -> String {
-        qemu_img(self.directory.path(), arguments)
+        self.succeed("qemu-img", arguments)
+    }
+
+    /// Lets QEMU write to an image.
+    fn qemu_io(&self, name: &str, commands: &[&str]) {
+        let mut arguments = vec!["-f", "qcow2"];
+        commands.iter().for_each(|command| arguments.extend(["-c", command]));
+        arguments.push(name);
+        let printed = self.succeed("qemu-io", &arguments);
+        assert!(!printed.contains("failed"), "{printed}");
     }
 
     /// Creates an image; `rest` are the arguments behind its name.
@@ -90,6 +101,20 @@ fn words(image: &[u8], offset: u64, count: u64) -> Vec<u64> {
         .chunks(8)
         .map(|bytes| u64::from_be_bytes(bytes.try_into().unwrap()))
         .collect()
+}
+
+/// The L2 entry of a guest cluster; an empty one where there is no table.
+fn l2_entry(image: &[u8], header: &Header, cluster: u64) -> L2Entry {
+    let geometry = header.geometry;
+    let l1 = header.l1_offset + 8 * (cluster >> geometry.l2_bits());
+    let table = words(image, l1, 1)[0] & OFFSET_MASK;
+    if table == 0 {
+        return L2Entry::default();
+    }
+    let size = geometry.l2_entry_size();
+    let index = cluster & ((1 << geometry.l2_bits()) - 1);
+    let entry = words(image, table + index * size, size / 8);
+    L2Entry { descriptor: entry[0], bitmap: entry.get(1).copied().unwrap_or(0) }
 }
 
 /// Reads the image's header as QEMU does, and writes it back unchanged.
@@ -266,7 +291,7 @@ fn verdicts_agree(scene: &Scene, image: &[u8]) -> usize {
         fs::write(scene.path("patched"), &patched).unwrap();
         // Room for whatever cluster size the patch says.
         patched.resize(patched.len().max(2 << 20), 0);
-        let output = run(scene.directory.path(), &["info", "-f", "qcow2", "patched"]);
+        let output = run("qemu-img", scene.directory.path(), &["info", "-f", "qcow2", "patched"]);
         let qemu_says = String::from_utf8_lossy(&output.stderr).into_owned();
         let ours = Header::parse(&patched);
         let agree = match (&ours, output.status.success()) {
@@ -408,14 +433,9 @@ fn compressed_clusters_agree() {
         let image = scene.read("image");
         let mut found = 0;
         for (index, chunk) in content.chunks(geometry.cluster_size() as usize).enumerate() {
-            let l1_index = index as u64 >> geometry.l2_bits();
-            let l2 = words(&image, header.l1_offset, l1_index + 1)[l1_index as usize] & OFFSET_MASK;
-            let l2_index = index as u64 & ((1 << geometry.l2_bits()) - 1);
-            let entry = words(&image, l2 + l2_index * geometry.l2_entry_size(), 1)[0];
-            if entry >> 62 != 1 {
-                continue;
-            }
-            let place = decode(entry, geometry).unwrap();
+            let entry = l2_entry(&image, &header, index as u64);
+            let format = L2Format { geometry, version: header.version };
+            let Cluster::Compressed(place) = format.decode(entry).unwrap() else { continue };
             let end = (place.offset + place.length).min(image.len() as u64);
             let mut output = vec![0; geometry.cluster_size() as usize];
             inflate(&image[place.offset as usize..end as usize], &mut output).unwrap();
@@ -424,5 +444,81 @@ fn compressed_clusters_agree() {
             found += 1;
         }
         assert_eq!(found, content.len().div_ceil(geometry.cluster_size() as usize));
+    }
+}
+
+/// Compares each subcluster with `qemu-img map`, and each entry with what we
+/// would write. Returns the kinds that were met.
+fn mapping_agrees(scene: &Scene, name: &str) -> Vec<Subcluster> {
+    let header = agrees_with_qemu(scene, name);
+    let image = scene.read(name);
+    let text = scene.qemu_img(&["map", "-f", "qcow2", "--output=json", name]);
+    let map: Vec<Value> = serde_json::from_str(&text).unwrap();
+    let format = L2Format { geometry: header.geometry, version: header.version };
+    let size = header.geometry.subcluster_size();
+    let backed = header.backing.is_some();
+    let mut met = Vec::new();
+    for start in (0..header.virtual_size()).step_by(size as usize) {
+        let cluster = start >> header.geometry.cluster_bits;
+        let entry = l2_entry(&image, &header, cluster);
+        let decoded = format.decode(entry).unwrap();
+        assert_eq!(format.encode(decoded), entry, "entry of cluster {cluster}");
+        let in_cluster = header.geometry.in_cluster(start);
+        let kind = decoded.subcluster((in_cluster / size) as u32);
+        let covers = |extent: &&Value| {
+            let first = extent["start"].as_u64().unwrap();
+            (first..first + extent["length"].as_u64().unwrap()).contains(&start)
+        };
+        let extent = map.iter().find(covers).unwrap();
+        let (data, zero, depth) = match kind {
+            Subcluster::Normal | Subcluster::Compressed => (true, false, 0),
+            Subcluster::Zero | Subcluster::ZeroReserved => (false, true, 0),
+            Subcluster::Unallocated | Subcluster::Reserved if backed => (true, false, 1),
+            Subcluster::Unallocated | Subcluster::Reserved => (false, true, 0),
+        };
+        let context = format!("{name}, {start:#x}: {kind:?}, {extent}");
+        assert_eq!(extent["data"], data, "{context}");
+        assert_eq!(extent["zero"], zero, "{context}");
+        assert_eq!(extent["depth"], depth, "{context}");
+        assert_eq!(extent["compressed"], kind == Subcluster::Compressed, "{context}");
+        if let (Cluster::Standard { host, .. }, 0) = (decoded, depth) {
+            let first = extent["start"].as_u64().unwrap();
+            let offset = extent["offset"].as_u64().unwrap() + (start - first);
+            assert_eq!(offset, host.get() + in_cluster, "{context}");
+        }
+        if !met.contains(&kind) {
+            met.push(kind);
+        }
+    }
+    met
+}
+
+#[test]
+fn mappings_agree() {
+    let scene = Scene::new();
+    let commands = [
+        "write -P 1 4k 2k",
+        "write -P 2 20k 10k",
+        "write -z 26k 2k",
+        "write -P 3 128k 64k",
+        "write -z 128k 64k",
+        "write -P 4 192k 64k",
+        "discard 192k 64k",
+        "write -z 258k 4k",
+        "write -c -P 5 320k 64k",
+        "write -P 6 500k 100k",
+        "write -z -u 576k 2k",
+    ];
+    for (options, extended) in [("", false), ("extended_l2=on", true)] {
+        for backing in [&["1M"][..], &["-b", "base.img", "-F", "raw"]] {
+            scene.create("image", options, backing);
+            scene.qemu_io("image", &commands);
+            let met = mapping_agrees(&scene, "image");
+            use Subcluster::*;
+            for kind in [Unallocated, Zero, ZeroReserved, Normal, Compressed] {
+                assert!(met.contains(&kind), "{options}: {kind:?} was not met");
+            }
+            assert_eq!(met.contains(&Reserved), extended, "{options}");
+        }
     }
 }

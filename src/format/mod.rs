@@ -32,6 +32,8 @@ mod header_samples;
 #[cfg(test)]
 mod header_tests;
 #[cfg(test)]
+mod l2_tests;
+#[cfg(test)]
 mod refcount_tests;
 #[cfg(test)]
 mod snapshot_tests;
