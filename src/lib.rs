@@ -1,8 +1,39 @@
 //! qcow2 disk images: read and written bit by bit as QEMU does, extended L2
 //! entries (subclusters) included, without a hidden thread or runtime.
+//!
+//! ```no_run
+//! use qcow2rs::{CreateOptions, Format, Image, OpenOptions, Policy, Source, WriteFlags};
+//!
+//! # fn main() -> qcow2rs::Result<()> {
+//! let mut options = CreateOptions::default();
+//! options.cluster_size = 128 << 10;
+//! options.extended_l2 = true;
+//! options.backing = Some((b"base.raw".to_vec(), Format::Raw));
+//! let open = OpenOptions::new().policy(Policy::Paths);
+//! let image = qcow2rs::create_path_open("overlay.qcow2".as_ref(), true, &options, &open)?;
+//! image.write_at(&[7; 4096], 8192, WriteFlags::default())?;
+//! image.flush()?;
+//! image.close()
+//! # }
+//! ```
+//!
+//! The C API is in `include/qcow2rs.h`; how it all hangs together is told in
+//! `docs/architecture.md`. From the ground up, each module using only those
+//! before it:
+//!
+//! | module | subject |
+//! |---|---|
+//! | `error`, `geometry`, `log`, `shard` | errors; address types; log messages; counters by thread |
+//! | `format` | bytes to types and back, pure |
+//! | `sys` | raw memory and system calls |
+//! | `io` | storages, and the engines that carry out operations on them |
+//! | `metadata` | the cache of table slices |
+//! | `alloc` | host clusters: who uses them, when they may be reused |
+//! | `image` | an open image and its chain: read, write, zero, discard, flush |
+//! | `admin` | create, measure, probe |
+//! | `capi` | the C API |
 #![deny(unsafe_code)]
 
-// From the ground up: a module may use those above it, never those below.
 pub mod error;
 pub mod geometry;
 mod log;
@@ -25,3 +56,14 @@ pub mod admin;
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod capi;
+
+pub use admin::create::{
+    CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
+};
+pub use error::{Error, ErrorKind, Result};
+pub use image::handle::{Image, WriteFlags};
+pub use image::info::{Info, Qcow2Info, Stats, StoredReference};
+pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver};
+pub use image::status::Extent;
+pub use image::zero::ZeroFlags;
+pub use io::storage::Source;

@@ -1,11 +1,28 @@
 //! Making a new image.
+//!
+//! Everything is checked before anything is written, and the header is written
+//! last: what is interrupted is no image rather than a broken one.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::layout::{Layout, fully_allocated, layout};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::extensions::Extensions;
+use crate::format::header::{BackingRef, Header, MAGIC, compatible, incompatible};
+use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
+use crate::format::refcount::RefcountWidth;
+use crate::geometry::{Geometry, SUBCLUSTERS};
+use crate::image::disk::Disk;
 use crate::image::handle::Image;
-use crate::image::options::{Format, OpenOptions};
-use crate::io::storage::Source;
+use crate::image::open::{access, read};
+use crate::image::options::{Format, OpenOptions, Policy};
+use crate::io::blocking::Blocking;
+use crate::io::engine::{Engine, Piece};
+use crate::io::storage::{Access, Source, Storage};
+use crate::io::wait::block_on;
+use crate::log;
+use crate::sys::memory::Block;
 
 /// What the new image is to be. The default: version 3, 64 KiB clusters,
 /// 16-bit refcounts, no backing file.
@@ -43,32 +60,328 @@ impl Default for CreateOptions {
     }
 }
 
+impl CreateOptions {
+    /// The geometry; `InvalidArgument` where the options do not go together.
+    fn geometry(&self) -> Result<Geometry> {
+        let size = self.cluster_size;
+        if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {
+            return Err(Error::invalid(
+                "the cluster size must be a power of two between 512 and 2048k",
+            ));
+        }
+        let version_3_only = [
+            (self.extended_l2, "extended L2 entries"),
+            (self.lazy_refcounts, "lazy refcounts"),
+            (self.refcount_bits != 16, "a refcount width other than 16 bits"),
+        ];
+        for (wanted, what) in version_3_only {
+            if wanted && self.version < 3 {
+                return Err(Error::invalid(format!("{what} need version 3 (compat=1.1)")));
+            }
+        }
+        if self.extended_l2 && size < MIN_SUBCLUSTER_SIZE * u64::from(SUBCLUSTERS) {
+            return Err(Error::invalid(
+                "extended L2 entries need clusters of at least 16384 bytes",
+            ));
+        }
+        if self.backing.as_ref().is_some_and(|(name, _)| name.len() > MAX_BACKING_NAME) {
+            return Err(Error::invalid("a backing file name has at most 1023 bytes"));
+        }
+        if self.backing.as_ref().is_some_and(|(name, _)| name.is_empty()) {
+            return Err(Error::invalid("the name of the backing file is empty"));
+        }
+        Ok(Geometry { cluster_bits: size.ilog2(), extended_l2: self.extended_l2 })
+    }
+
+    fn width(&self) -> Result<RefcountWidth> {
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return Err(Error::invalid("the refcount width must be a power of two up to 64"));
+        }
+        RefcountWidth::new(self.refcount_bits.ilog2())
+    }
+
+    fn header(&self, geometry: Geometry, layout: &Layout, size: u64) -> Header {
+        Header {
+            version: self.version,
+            geometry,
+            size,
+            crypt_method: 0,
+            backing: self.backing.as_ref().map(|(name, format)| BackingRef {
+                name: name.clone(),
+                format: Some(format.name().into()),
+            }),
+            l1_offset: layout.l1_at() << geometry.cluster_bits,
+            l1_size: layout.l1_entries as u32,
+            reftable_offset: geometry.cluster_size(),
+            reftable_clusters: layout.reftable as u32,
+            snapshot_count: 0,
+            snapshots_offset: 0,
+            incompatible: if self.extended_l2 { incompatible::EXTENDED_L2 } else { 0 },
+            compatible: if self.lazy_refcounts { compatible::LAZY_REFCOUNTS } else { 0 },
+            autoclear: 0,
+            refcount_order: self.refcount_bits.ilog2(),
+            compression: 0,
+            unknown_fields: Vec::new(),
+            header_length: if self.version < 3 { 72 } else { 112 },
+            extensions: Extensions::default(),
+        }
+    }
+
+    /// What a person should know about this choice, through the log.
+    fn advise(&self, name: &str) {
+        let reader = match (self.extended_l2, self.version) {
+            (true, _) => "QEMU 5.2 or later",
+            (false, 3) => "QEMU 1.1 or later",
+            (false, _) => "any QEMU",
+        };
+        log::emit(log::INFO, "create", || format!("{name}: {reader} can read this image"));
+        if !self.extended_l2 {
+            return;
+        }
+        let subcluster = self.cluster_size / u64::from(SUBCLUSTERS);
+        if subcluster < 4096 {
+            log::emit(log::WARN, "create", || {
+                format!(
+                    "{name}: subclusters of {subcluster} bytes are smaller than the 4096-byte \
+                     blocks of most guests, which gain nothing from that: cluster_size=128k makes \
+                     them fit"
+                )
+            });
+        }
+        if self.backing.is_none() {
+            log::emit(log::WARN, "create", || {
+                format!(
+                    "{name}: without a backing file there is nothing to copy, and extended L2 \
+                     entries mostly cost memory (they double the size of L2 tables)"
+                )
+            });
+        }
+        log::emit(log::INFO, "create", || {
+            format!(
+                "{name}: compressed clusters gain nothing from extended L2 entries: they are \
+                 stored and rewritten as a whole"
+            )
+        });
+    }
+}
+
+/// What is checked and known before anything is written.
+struct Plan {
+    geometry: Geometry,
+    width: RefcountWidth,
+    layout: Layout,
+    header: Vec<u8>,
+}
+
+fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
+    let (geometry, width) = (options.geometry()?, options.width()?);
+    let layout = layout(geometry, width, size)?;
+    let header = options.header(geometry, &layout, size).to_bytes()?;
+    Ok(Plan { geometry, width, layout, header })
+}
+
+/// The size of the disk, from the options or the backing file.
+fn size(options: &CreateOptions, open: &OpenOptions, place: Option<&Path>) -> Result<u64> {
+    let round_up = |size: u64| {
+        let size = size.checked_next_multiple_of(512).filter(|size| *size <= i64::MAX as u64);
+        size.ok_or_else(|| Error::invalid("the size is too large"))
+    };
+    match (options.size, &options.backing) {
+        (Some(size), _) => round_up(size),
+        (None, None) => Err(Error::invalid("a size is needed where there is no backing file")),
+        (None, Some((name, format))) => {
+            let size = block_on(backing_size(&Blocking, name, *format, open, place))?;
+            round_up(size)
+        }
+    }
+}
+
+async fn backing_size<E: Engine>(
+    engine: &E,
+    name: &[u8],
+    format: Format,
+    open: &OpenOptions,
+    place: Option<&Path>,
+) -> Result<u64> {
+    let referrer = place.map_or("the new image".into(), |path| path.to_string_lossy().into_owned());
+    let directory = place.and_then(Path::parent);
+    Ok(Disk::open_named(engine, name, format, &referrer, directory, open).await?.size())
+}
+
+/// That the new image could be opened afterwards, as far as the policy goes.
+fn check_policy(options: &CreateOptions, open: &OpenOptions) -> Result<()> {
+    match (&options.backing, &open.policy) {
+        (Some((name, _)), Policy::Deny) if !open.no_backing => Err(Error::new(
+            ErrorKind::Policy,
+            format!(
+                "the new image could not be opened: its backing file {:?} is not allowed by the \
+                 reference policy",
+                String::from_utf8_lossy(name)
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// How a storage is opened to be made an image.
+fn creating(open: &OpenOptions) -> Access {
+    Access { writable: true, fixed_length: false, ..access(open) }
+}
+
 /// Makes an image in `source`, whatever was there before. Durable on return
 /// unless `open` says `no_flush`. Blocks.
 pub fn create(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
-    let _ = (source, options, open);
-    Err(Error::new(ErrorKind::NotSupported, "under construction"))
+    create_in(source, options, open).map(drop)
 }
 
-/// As [`create`], and returns the new image open for writing.
+/// As [`create`], and returns the new image open for writing. The policy of
+/// `open` must allow the backing file: that is checked first.
 pub fn create_open(
     source: Arc<Source>,
     options: &CreateOptions,
     open: &OpenOptions,
 ) -> Result<Image> {
-    create(source.clone(), options, open)?;
-    Image::open(source, &open.clone().writable(true))
+    check_policy(options, open)?;
+    let storage = create_in(source, options, open)?;
+    Image::open_storage(storage, &open_after(open))
+}
+
+fn open_after(open: &OpenOptions) -> OpenOptions {
+    OpenOptions { writable: true, format: Format::Qcow2, ..open.clone() }
+}
+
+fn create_in(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<Storage> {
+    open.validate()?;
+    let place = match &*source {
+        Source::Path(path) => Some(path.clone()),
+        _ => None,
+    };
+    let size = size(options, open, place.as_deref())?;
+    let plan = plan(options, size)?;
+    let storage = Storage::open(source, creating(open))?;
+    block_on(write(&Blocking, &storage, &plan))?;
+    options.advise(storage.name());
+    Ok(storage)
+}
+
+/// Makes an image in a file, mode 0644 less the umask. `exclusive`: `Exists`
+/// rather than overwrite. The file is locked before it is emptied.
+pub fn create_path(
+    path: &Path,
+    exclusive: bool,
+    options: &CreateOptions,
+    open: &OpenOptions,
+) -> Result<()> {
+    create_path_in(path, exclusive, options, open).map(drop)
+}
+
+/// As [`create_path`], and returns the new image open for writing.
+pub fn create_path_open(
+    path: &Path,
+    exclusive: bool,
+    options: &CreateOptions,
+    open: &OpenOptions,
+) -> Result<Image> {
+    check_policy(options, open)?;
+    let storage = create_path_in(path, exclusive, options, open)?;
+    Image::open_storage(storage, &open_after(open))
+}
+
+fn create_path_in(
+    path: &Path,
+    exclusive: bool,
+    options: &CreateOptions,
+    open: &OpenOptions,
+) -> Result<Storage> {
+    open.validate()?;
+    let size = size(options, open, Some(path))?;
+    let plan = plan(options, size)?;
+    let storage = Storage::create(path, exclusive, creating(open))?;
+    block_on(write(&Blocking, &storage, &plan))?;
+    options.advise(storage.name());
+    Ok(storage)
+}
+
+/// Writes a new image. Whatever was there is no image any more before the first
+/// table is written, and is one again with the last write.
+async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<()> {
+    let Plan { geometry, width, layout, header } = plan;
+    let cluster = geometry.cluster_size();
+    match storage.truncate(engine, 0).await {
+        Err(error) if error.kind() != ErrorKind::NotSupported => return Err(error),
+        _ => {}
+    }
+    if storage.length()? > 0 {
+        let bytes = storage.length()?.min(cluster) as usize;
+        storage.write(engine, &[Piece::Zeroes(bytes)], 0).await?;
+    }
+    // A table of any size, and nothing after it but the next one.
+    let end = (layout.l1_at() << geometry.cluster_bits) + layout.l1_entries * 8;
+    match storage.truncate(engine, end).await {
+        Ok(()) if storage.capacity().is_none() => {}
+        Ok(()) => zero_tables(engine, storage, cluster, end).await?,
+        Err(error) if error.kind() == ErrorKind::NotSupported => {
+            zero_tables(engine, storage, cluster, end).await?;
+        }
+        Err(error) => return Err(error),
+    }
+    let entries: Vec<u8> = (0..layout.blocks)
+        .flat_map(|n| ((layout.blocks_at() + n) << geometry.cluster_bits).to_be_bytes())
+        .collect();
+    write_at(engine, storage, &entries, cluster).await?;
+    let per_block = width.entries_per(cluster);
+    for n in 0..layout.blocks {
+        let used = layout.used.saturating_sub(n * per_block).min(per_block);
+        let mut counts = vec![0; (used * u64::from(width.bits())).div_ceil(64) as usize * 8];
+        for index in 0..used {
+            width.set_in(&mut counts, index, 1);
+        }
+        write_at(engine, storage, &counts, (layout.blocks_at() + n) << geometry.cluster_bits)
+            .await?;
+    }
+    storage.sync(engine).await?;
+    write_at(engine, storage, header, 0).await?;
+    storage.sync(engine).await
+}
+
+/// Zeroes what lies between the header and `end`, where the storage may hold
+/// something else.
+async fn zero_tables<E: Engine>(engine: &E, storage: &Storage, start: u64, end: u64) -> Result<()> {
+    let mut at = start;
+    while at < end {
+        let len = (end - at).min(1 << 20);
+        storage.write(engine, &[Piece::Zeroes(len as usize)], at).await?;
+        at += len;
+    }
+    Ok(())
+}
+
+async fn write_at<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    bytes: &[u8],
+    offset: u64,
+) -> Result<()> {
+    let block = Block::from_bytes(bytes)?;
+    storage.write(engine, &[Piece::Block(block.slice(0, bytes.len()))], offset).await
 }
 
 /// Bytes that an image with these options needs: without data, and holding
-/// `size` bytes of it (`qemu-img measure`).
+/// `size` bytes of it, as `qemu-img measure` reckons.
 pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
-    let _ = options;
-    Err(Error::new(ErrorKind::NotSupported, "under construction"))
+    let size = size(options, &OpenOptions::default(), None)?;
+    let (geometry, width) = (options.geometry()?, options.width()?);
+    layout(geometry, width, size)?;
+    let full = fully_allocated(geometry, width, size);
+    let data = geometry.clusters_for(size) << geometry.cluster_bits;
+    Ok((full - data, full))
 }
 
-/// What the first bytes look like, for a person to confirm.
+/// What the first bytes look like, for a person to confirm. Takes no lock.
 pub fn probe(source: &Arc<Source>) -> Result<Format> {
-    let _ = source;
-    Err(Error::new(ErrorKind::NotSupported, "under construction"))
+    let storage = Storage::open(source.clone(), Access::default())?;
+    let first = block_on(read(&Blocking, &storage, 0, 8))?;
+    let (magic, version) = first.split_at(4);
+    let looks = magic == MAGIC.to_be_bytes() && version >= 2u32.to_be_bytes().as_slice();
+    Ok(if looks { Format::Qcow2 } else { Format::Raw })
 }

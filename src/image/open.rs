@@ -3,6 +3,7 @@
 //! Everything that this build cannot do is refused here, by name, before
 //! anything is written. Memory is reckoned with before it is taken.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -71,6 +72,32 @@ impl Disk {
         Disk::open_storage(engine, storage, options).await
     }
 
+    /// Opens, read-only, what an image that does not exist yet names as its backing
+    /// file.
+    pub async fn open_named<E: Engine>(
+        engine: &E,
+        name: &[u8],
+        format: Format,
+        referrer: &str,
+        directory: Option<&Path>,
+        options: &OpenOptions,
+    ) -> Result<Disk> {
+        let reference = Reference {
+            kind: ReferenceKind::Backing,
+            depth: 0,
+            name: name.to_vec(),
+            format: Some(format.name().into()),
+            referrer: referrer.to_owned(),
+            writable: false,
+        };
+        let opened = async {
+            let (source, format) = gate::resolve(options, &reference, directory)?;
+            Disk::open(engine, source, &below(options, format)).await
+        }
+        .await;
+        opened.map_err(|error| below_error(error, referrer, &String::from_utf8_lossy(name), 0))
+    }
+
     /// As `open`, on a storage that is open already.
     pub async fn open_storage<E: Engine>(
         engine: &E,
@@ -87,14 +114,7 @@ impl Disk {
             let lower = async {
                 let directory = layers.last().and_then(|layer| layer.storage().path()?.parent());
                 let (source, format) = gate::resolve(options, &reference, directory)?;
-                let below = OpenOptions {
-                    format,
-                    writable: false,
-                    direct: options.backing_direct.unwrap_or(options.direct),
-                    no_backing: false,
-                    check_only: false,
-                    ..options.clone()
-                };
+                let below = below(options, format);
                 let storage = Storage::open(source, access(&below))?;
                 if let Some(identity) = storage.identity() {
                     if seen.contains(&identity) {
@@ -116,6 +136,18 @@ impl Disk {
             requests: Default::default(),
             inflated: Default::default(),
         })
+    }
+}
+
+/// How an image below one that is opened with `options` is opened.
+fn below(options: &OpenOptions, format: Format) -> OpenOptions {
+    OpenOptions {
+        format,
+        writable: false,
+        direct: options.backing_direct.unwrap_or(options.direct),
+        no_backing: false,
+        check_only: false,
+        ..options.clone()
     }
 }
 

@@ -1,38 +1,112 @@
-//! What tests of the built library need to know about where it was built.
-#![allow(dead_code)] // Each test uses its part.
+//! What several tests need: a scratch directory, seeded random numbers, QEMU.
+#![allow(dead_code)] // Each test uses its part of it.
 
-use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
-/// The root of the source tree.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+/// A directory that goes away, unless the test fails.
+pub struct Scratch(Option<tempfile::TempDir>);
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        Scratch(Some(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()))
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.as_ref().unwrap().path().join(name)
+    }
 }
 
-/// Where cargo has put the library in all its forms: next to this test.
-pub fn libraries() -> PathBuf {
-    let exe = std::env::current_exe().expect("the path of this test");
-    exe.parent().expect("a directory").to_path_buf()
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            if let Some(dir) = self.0.take() {
+                eprintln!("kept: {}", dir.keep().display());
+            }
+        }
+    }
 }
 
-/// A file of the source tree.
-pub fn read(path: &str) -> String {
-    std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+/// A small random number generator (splitmix64): the seed is all its state.
+#[derive(Clone)]
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed ^ 0x5851_f42d_4c95_7f2d)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+
+    pub fn fill(&mut self, buf: &mut [u8]) {
+        for chunk in buf.chunks_mut(8) {
+            let bytes = self.next().to_le_bytes();
+            chunk.copy_from_slice(&bytes[..chunk.len()]);
+        }
+    }
 }
 
-/// The functions of the API: what include/qcow2rs.map exports.
-pub fn exports() -> BTreeSet<String> {
-    let map = read("include/qcow2rs.map");
-    let names = map.lines().filter_map(|line| line.trim().strip_suffix(';'));
-    names.filter(|name| name.starts_with("qcow2rs_")).map(str::to_owned).collect()
+/// Runs `test` with `count` seeds, or with the one that `QCOW2RS_SEED` gives.
+pub fn for_seeds(name: &str, count: u64, test: impl Fn(u64)) {
+    if let Ok(seed) = std::env::var("QCOW2RS_SEED") {
+        return test(seed.parse().expect("QCOW2RS_SEED is a number"));
+    }
+    let rounds: u64 = std::env::var("QCOW2RS_ROUNDS").map_or(1, |n| n.parse().unwrap());
+    for seed in 1..=count * rounds {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
+            eprintln!("replay: QCOW2RS_SEED={seed} cargo test --test {name}");
+            resume_unwind(panic);
+        }
+    }
 }
 
-/// Runs a command that must succeed; its standard output.
-pub fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let out = String::from_utf8_lossy(&output.stdout).into_owned();
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
-    out
+/// Says what was being done if `test` fails.
+pub fn describe<R>(what: String, test: impl FnOnce() -> R) -> R {
+    match catch_unwind(AssertUnwindSafe(test)) {
+        Ok(result) => result,
+        Err(panic) => {
+            eprintln!("failed: {what}");
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// Runs a tool of QEMU; fails the test if it is not there.
+pub fn qemu(tool: &str, args: &[&str]) -> Output {
+    let output = Command::new(tool).args(args).output();
+    output.unwrap_or_else(|error| panic!("{tool}: {error} (Debian package qemu-utils)"))
+}
+
+/// Runs a tool of QEMU that must succeed.
+pub fn qemu_ok(tool: &str, args: &[&str]) -> String {
+    let output = qemu(tool, args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{tool} {args:?}:\n{text}{errors}");
+    text
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// No corruption and no leak.
+pub fn qemu_img_check(image: &Path) {
+    qemu_ok("qemu-img", &["check", "-f", "qcow2", text(image)]);
+}
+
+/// The same content.
+pub fn qemu_img_compare(a: &Path, a_format: &str, b: &Path, b_format: &str) {
+    qemu_ok("qemu-img", &["compare", "-f", a_format, "-F", b_format, text(a), text(b)]);
 }
