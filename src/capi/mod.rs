@@ -12,6 +12,8 @@
 // The documentation of these items becomes the header, whose conventions say
 // what the caller promises.
 #![allow(clippy::missing_safety_doc)]
+// Its [MT] and [CB] are no links.
+#![allow(rustdoc::broken_intra_doc_links, rustdoc::private_intra_doc_links)]
 
 /// What the header calls `struct iovec`.
 pub use libc::iovec;
