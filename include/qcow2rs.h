@@ -173,6 +173,448 @@ typedef void (*qcow2rs_log_fn)(void *opaque, uint32_t level, const char *target,
  * its opaque may be released. */
 void qcow2rs_set_log(qcow2rs_log_fn fn, void *opaque, uint32_t max_level);
 
+/* ------------------------------------ Storage that the program brings along */
+
+#define QCOW2RS_IO_SERIALIZED 1u /* Never two calls at a time. */
+
+/* Callbacks run on the thread that calls the library (for queues: the one
+ * that submits, reaps or waits), concurrently unless QCOW2RS_IO_SERIALIZED is
+ * set.  They return 0 (or a value >= 0) or a negative errno.  They must not
+ * call back into the same image, throw C++ exceptions or longjmp.  NULL
+ * members after `flush` are optional: the library falls back or returns
+ * -ENOTSUP. */
+struct qcow2rs_io_ops {
+    size_t struct_size;                  /* sizeof(struct qcow2rs_io_ops) */
+    /* Bytes past the end read as zero. */
+    int (*preadv)(void *opaque, const struct iovec *iov, int iovcnt,
+                  uint64_t offset);
+    /* Extends the storage.  NULL: read-only. */
+    int (*pwritev)(void *opaque, const struct iovec *iov, int iovcnt,
+                   uint64_t offset);
+    int64_t (*get_length)(void *opaque); /* Bytes. */
+    int (*flush)(void *opaque);          /* Makes durable what completed
+                                            before. */
+    /* Sets the length. */
+    int (*truncate)(void *opaque, uint64_t length);
+    /* A hint: the range is of no use any more. */
+    int (*discard)(void *opaque, uint64_t offset, uint64_t length);
+    /* flags: QCOW2RS_ZERO_*, QCOW2RS_IO_FUA. */
+    int (*write_zeroes)(void *opaque, uint64_t offset, uint64_t length,
+                        uint32_t flags);
+    void (*close)(void *opaque);         /* Called once, after all other
+                                            calls. */
+};
+
+/* ---------------------------------------- Storage objects: where bytes live */
+
+/* A path, a descriptor or callbacks.  Consumed (ownership taken, also on
+ * failure) by open and create. */
+struct qcow2rs_storage;
+
+/* [MT][CB] -ENOENT, -EACCES, ... arise when the storage is opened. */
+QCOW2RS_MUST_USE
+int qcow2rs_storage_from_path(const char *path, struct qcow2rs_storage **out);
+
+/* [MT][CB] The descriptor is dup()ed with O_CLOEXEC; the caller keeps fd.
+ * RDWR needs an fd that can be written, else -EACCES.  The status flags of fd
+ * are never changed: OPEN_DIRECT or "backing-direct" that disagree with its
+ * O_DIRECT are -EINVAL.  OFD locks belong to the open file description: give
+ * each process (and each writer) its own.  The library keeps count by (st_dev,
+ * st_ino) in the process: a second read-write open of a file is -EAGAIN
+ * (QCOW2RS_E_LOCKED), and the locks go with the last image that uses it.
+ * -ENOLCK where the file system has no locks.  -EBADF. */
+QCOW2RS_MUST_USE
+int qcow2rs_storage_from_fd(int fd, struct qcow2rs_storage **out);
+
+/* [MT][CB] ops is copied. opaque is released by ops->close, also if a later
+ * open fails (not if this call does). flags: QCOW2RS_IO_SERIALIZED. */
+QCOW2RS_MUST_USE
+int qcow2rs_storage_from_callbacks(const struct qcow2rs_io_ops *ops,
+                                   void *opaque, uint32_t flags,
+                                   struct qcow2rs_storage **out);
+
+/* [OBJ][CB] For a storage that was not consumed. */
+void qcow2rs_storage_free(struct qcow2rs_storage **storage);
+
+/* ------------------------------------------------------------- Open options */
+
+#define QCOW2RS_OPEN_RDWR 1u         /* Read and write; default: read-only. */
+#define QCOW2RS_OPEN_NO_LOCK 2u      /* No OFD lock on the file. */
+#define QCOW2RS_OPEN_DIRECT 4u       /* O_DIRECT (cache=none). */
+#define QCOW2RS_OPEN_WRITETHROUGH 8u /* Every write is durable. */
+#define QCOW2RS_OPEN_NO_FLUSH 16u    /* cache=unsafe: tests only. */
+/* This layer only; holes read as zero, status says UNALLOCATED; -EINVAL with
+ * RDWR where the image names a backing file, unless CHECK_ONLY. */
+#define QCOW2RS_OPEN_NO_BACKING 32u
+#define QCOW2RS_OPEN_CHECK_ONLY 64u  /* Tolerate damage, dirty and corrupt
+                                        bits; only info, check and repair are
+                                        allowed. */
+#define QCOW2RS_OPEN_NO_DISCARD 128u /* Freed clusters are not punched out of
+                                        the storage. */
+#define QCOW2RS_FORMAT_QCOW2 1u      /* qcow2, version 2 or 3. */
+#define QCOW2RS_FORMAT_RAW 2u        /* The bytes of the storage are the
+                                        disk. */
+/* An image that needs a backing or data file fails with -EPERM and
+ * QCOW2RS_E_POLICY, and no file is touched. */
+#define QCOW2RS_REF_DENY 0u
+/* Trusted images only: plain paths, relative to the directory of the referring
+ * image; never "json:" or "protocol:" names. */
+#define QCOW2RS_REF_PATHS 1u
+#define QCOW2RS_REF_RESOLVE 2u       /* Ask the callback. */
+#define QCOW2RS_REF_KIND_BACKING 1u  /* The image below. */
+#define QCOW2RS_REF_KIND_DATA 2u     /* The external data file. */
+
+/* How to open.  Reusable for any number of opens, which take copies. */
+struct qcow2rs_open_opts;
+
+/* A file that an image names: untrusted input.  Grows at the end;
+ * library-owned. */
+struct qcow2rs_ref {
+    size_t struct_size;   /* sizeof(struct qcow2rs_ref) in the library. */
+    uint32_t kind;        /* QCOW2RS_REF_KIND_* */
+    uint32_t depth;       /* 0: referred to by the image being opened. */
+    const char *name;     /* Exactly as stored, plus a NUL. */
+    size_t name_length;   /* May contain NULs: compare lengths. */
+    const char *format;   /* Backing format as stored, or NULL if none; the
+                             library never probes formats. */
+    const char *referrer; /* Path or fd name of the referrer, or NULL. */
+    uint32_t writable;    /* 1: will be written (data file, commit). */
+};
+
+/* Returns 0 and sets *storage (ownership passes) and *format (preset from
+ * ref->format, 0: none or unknown), or a negative errno (-EPERM to refuse).
+ * fn and opaque must outlive every image opened with these options; it runs on
+ * the thread that calls open, create, reopen, invalidate or commit. */
+typedef int (*qcow2rs_resolve_fn)(void *opaque, const struct qcow2rs_ref *ref,
+                                  struct qcow2rs_storage **storage,
+                                  uint32_t *format);
+
+/* [MT] Defaults: see each setter. -ENOMEM. Reusable for any number of opens. */
+QCOW2RS_MUST_USE int qcow2rs_open_opts_new(struct qcow2rs_open_opts **out);
+
+/* [OBJ] */
+void qcow2rs_open_opts_free(struct qcow2rs_open_opts **opts);
+
+/* [OBJ] The image's format is never guessed: QCOW2 unless RAW is set here.  A
+ * RAW image is the bytes of its storage: the same calls serve both kinds of
+ * disk, and what RAW has no answer for (snapshots, check, ...) is -ENOTSUP.
+ * Opening a storage that starts with the qcow2 magic as RAW is -EINVAL unless
+ * read-only or "allow-qcow2-magic" is "on". */
+int qcow2rs_open_opts_set_format(struct qcow2rs_open_opts *o, uint32_t format);
+
+/* [OBJ] Replaces the flag word.  flags: QCOW2RS_OPEN_*. */
+int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
+
+/* [OBJ] Any option by name, value as text ("64M", "on"): what a command line
+ * or test harness needs.  Names are those of `qemu-img --image-opts` for the
+ * qcow2 driver where one exists ("cache-size", "l2-cache-size",
+ * "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
+ * "lazy-refcounts", "overlap-check" and its single switches,
+ * "pass-discard-request", "discard-no-unref"), plus "backing-format" (raw |
+ * qcow2: for an image that stores no backing format, which is otherwise
+ * refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
+ * QEMU: a read-write open of an image whose dirty bit is set rebuilds its
+ * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY),
+ * "allow-qcow2-magic" (on|off, default off: see set_format),
+ * "max-chain-depth" (default 200), "max-metadata-size" (default 1G: for the
+ * whole chain, caches included; the cache sizes are per layer),
+ * "max-virtual-size" (default: the format's), "backing-direct" (on|off:
+ * O_DIRECT for the images below, default as this one's, so that many disks can
+ * share one base's page cache).  Accepted, with nothing to change:
+ * "cache-clean-interval" (there is no thread that would clean; the caches keep
+ * to their sizes), "lazy-refcounts" (refcounts are never left stale),
+ * "overlap-check" (the check is always on, for what "cached" means; "all" adds
+ * nothing).
+ * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
+ * that this build does not have. */
+int qcow2rs_open_opts_set(struct qcow2rs_open_opts *o, const char *name,
+                          const char *value);
+
+/* [OBJ] Policy for files that an image names (untrusted input!): one of
+ * QCOW2RS_REF_DENY, the default, QCOW2RS_REF_PATHS and QCOW2RS_REF_RESOLVE.
+ * fn is required for RESOLVE, must be NULL otherwise. */
+int qcow2rs_open_opts_set_ref_policy(struct qcow2rs_open_opts *o,
+                                     uint32_t policy, qcow2rs_resolve_fn fn,
+                                     void *opaque);
+
+/* ----------------------------------------------------------- Open and close */
+
+/* An open image. */
+struct qcow2rs_image;
+
+/* [MT] What the first bytes look like, for a person to confirm; the storage
+ * is not consumed.  Returns QCOW2RS_FORMAT_*. */
+int qcow2rs_probe(struct qcow2rs_storage *storage);
+
+/* [MT] Consumes *storage (sets it to NULL), also on failure.  opts may be
+ * NULL.  Errors: the QCOW2RS_E_* table; -EROFS; -EAGAIN (locked); errno of
+ * open(2)/read(2). */
+QCOW2RS_MUST_USE
+int qcow2rs_open(struct qcow2rs_storage **storage,
+                 const struct qcow2rs_open_opts *opts,
+                 struct qcow2rs_image **out);
+
+/* [MT] As qcow2rs_open, of a file by name: a shorthand. */
+QCOW2RS_MUST_USE
+int qcow2rs_open_path(const char *path, const struct qcow2rs_open_opts *opts,
+                      struct qcow2rs_image **out);
+
+/* [MT] As qcow2rs_open, of a descriptor: see qcow2rs_storage_from_fd. */
+QCOW2RS_MUST_USE
+int qcow2rs_open_fd(int fd, const struct qcow2rs_open_opts *opts,
+                    struct qcow2rs_image **out);
+
+/* Drains requests in flight, destroys remaining queues, flushes, clears the
+ * dirty bit, releases.  -EBUSY: another thread is inside a call; the handle is
+ * kept.  Whatever else is returned, the handle is gone and set to NULL; the
+ * value tells of a flush error. */
+int qcow2rs_close(struct qcow2rs_image **img);
+
+/* Releases without writing anything: models a crash, or gives up on dead
+ * storage.  Starts nothing new, waits until the kernel has let go of the
+ * buffers in flight.  -EBUSY as for close. */
+int qcow2rs_abandon(struct qcow2rs_image **img);
+
+/* [EXCL] Drops all caches and reads the metadata again, the whole chain's
+ * (live migration).  -EINVAL on an image opened read-write. */
+int qcow2rs_invalidate(struct qcow2rs_image *img);
+
+/* [EXCL] Changes between read-only and read-write, with or without locks;
+ * flags: OPEN_RDWR, OPEN_NO_LOCK.  Towards RDWR: the lock is taken (-EAGAIN),
+ * the metadata is read again, then writing starts; towards read-only: flushed,
+ * then unlocked.  The image keeps its storage; files of the chain are reopened
+ * through the policy where they must be.  On failure the old state stands. */
+int qcow2rs_reopen(struct qcow2rs_image *img, uint32_t flags);
+
+/* --------------------------------------------------------------- Image info */
+
+#define QCOW2RS_COMPAT_0_10 2u          /* Header version 2. */
+#define QCOW2RS_COMPAT_1_1 3u           /* Header version 3. */
+#define QCOW2RS_COMPRESSION_ZLIB 0u     /* Compressed clusters are deflate. */
+#define QCOW2RS_COMPRESSION_ZSTD 1u     /* Compressed clusters are zstd. */
+#define QCOW2RS_INFO_RDWR 1u            /* Open for writing. */
+#define QCOW2RS_INFO_DIRTY 2u           /* The dirty bit is set. */
+#define QCOW2RS_INFO_CORRUPT 4u         /* The corrupt bit is set. */
+#define QCOW2RS_INFO_EXTENDED_L2 8u     /* L2 entries are extended. */
+#define QCOW2RS_INFO_LAZY_REFCOUNTS 16u /* The bit for lazy refcounts is set. */
+#define QCOW2RS_INFO_HAS_BACKING 32u    /* The header names a backing file. */
+#define QCOW2RS_INFO_DATA_FILE 64u      /* Guest data is in another file. */
+#define QCOW2RS_INFO_DATA_FILE_RAW 128u /* That file is a raw image by
+                                           itself. */
+#define QCOW2RS_INFO_ENCRYPTED 256u     /* Guest data is encrypted. */
+
+/* What an image is.  Grows at the end.  RAW images: what only a qcow2 image
+ * has is 0. */
+struct qcow2rs_info {
+    uint64_t virtual_size;          /* Bytes. */
+    uint64_t file_length;           /* Bytes of the image file. */
+    uint32_t cluster_size;          /* Bytes. */
+    uint32_t subcluster_size;       /* == cluster_size without extended L2. */
+    uint32_t compat;                /* QCOW2RS_COMPAT_* */
+    uint32_t flags;                 /* QCOW2RS_INFO_* */
+    uint32_t refcount_bits;         /* Width of a refcount. */
+    uint32_t compression_type;      /* QCOW2RS_COMPRESSION_* */
+    uint32_t snapshot_count;        /* Internal snapshots. */
+    uint32_t bitmap_count;          /* Persistent bitmaps. */
+    uint64_t incompatible_features; /* As stored. */
+    uint64_t compatible_features;   /* As stored. */
+    uint64_t autoclear_features;    /* As stored. */
+    uint32_t request_alignment;     /* Request geometry, as in a block
+                                       device, from here on. 1: any offset
+                                       and length is accepted. */
+    uint32_t buffer_alignment;      /* 1, or that of O_DIRECT to avoid
+                                       copies. */
+    uint32_t optimal_io_size;       /* 0: no preference. */
+    uint32_t discard_alignment;     /* Bytes. */
+    uint64_t max_transfer;          /* Advice: more is split; 0: no limit. */
+    uint32_t max_iov;               /* Advice. */
+    uint32_t chain_depth;           /* Images below this one. */
+    uint32_t reserved;              /* 0. */
+    uint64_t allocated_size;        /* Bytes of the host file system in use. */
+};
+
+/* Counters since open, summed over threads and queues; this layer only.  Grows
+ * at the end. */
+struct qcow2rs_stats {
+    uint64_t guest_reads;         /* Requests of the guest. */
+    uint64_t guest_read_bytes;    /* Bytes. */
+    uint64_t guest_writes;        /* Requests of the guest. */
+    uint64_t guest_write_bytes;   /* Bytes. */
+    uint64_t storage_reads;       /* Calls that the storage saw, metadata
+                                     too. */
+    uint64_t storage_read_bytes;  /* Bytes. */
+    uint64_t storage_writes;      /* Calls that the storage saw, metadata
+                                     too. */
+    uint64_t storage_write_bytes; /* Bytes. */
+    uint64_t storage_syncs;       /* fdatasync and the like. */
+    uint64_t cow_bytes;           /* Read from below and copied. */
+    uint64_t l2_cache_hits;       /* Slices of L2 tables that were in memory. */
+    uint64_t l2_cache_misses;     /* Slices that had to be read. */
+    uint64_t l2_cache_evictions;  /* Slices that made room. */
+    uint64_t metadata_bytes;      /* Memory held now. */
+    uint64_t clusters_allocated;  /* Host clusters. */
+    uint64_t clusters_freed;      /* Host clusters. */
+};
+
+/* [MT] info_size is sizeof(*info); the common prefix is filled in and the rest
+ * of the caller's struct is zeroed. */
+int qcow2rs_get_info(struct qcow2rs_image *img, struct qcow2rs_info *info,
+                     size_t info_size);
+
+/* [MT] Virtual size in bytes. */
+int64_t qcow2rs_get_size(struct qcow2rs_image *img);
+
+/* [MT] As stored in the header; -ENOENT if none.  qcow2rs_free(*name).
+ * kind: QCOW2RS_REF_KIND_*; *name ends with a NUL, too; format may be NULL.
+ * *format becomes NULL if none is stored. */
+int qcow2rs_get_ref(struct qcow2rs_image *img, uint32_t kind, char **name,
+                    size_t *name_length, char **format);
+
+/* [MT] The same as JSON, the members named as in `qemu-img info
+ * --output=json`.  qcow2rs_free(*json). */
+int qcow2rs_get_info_json(struct qcow2rs_image *img, char **json);
+
+/* [MT] As qcow2rs_get_info: by size. */
+int qcow2rs_get_stats(struct qcow2rs_image *img, struct qcow2rs_stats *stats,
+                      size_t stats_size);
+
+/* ---------------------------------------------------------- Synchronous I/O */
+
+#define QCOW2RS_IO_FUA 1u           /* Durable on completion. */
+#define QCOW2RS_ZERO_MAY_UNMAP 2u   /* May deallocate. */
+#define QCOW2RS_ZERO_NO_FALLBACK 4u /* -ENOTSUP rather than writing data. */
+#define QCOW2RS_IO_COMPRESSED 8u    /* Store compressed; whole clusters. */
+#define QCOW2RS_IO_UNCHANGED 16u    /* Guest-visible data is unchanged
+                                       (copy-on-read): leaves bitmaps. */
+
+/* [MT] Reads.  flags: 0.  This and all that follow in this section: any number
+ * in flight; no order between requests in flight, the outcome of overlapping
+ * writes in flight is either one, per 512-byte sector.  length == 0 succeeds
+ * for any offset up to the virtual size.  Buffers need no alignment.  A
+ * blocking call may wait for a conflicting request in flight on a queue:
+ * somebody must be driving that queue.
+ * -EINVAL: offset + length is past the virtual size.
+ * -ENOSPC: the storage is full: the image is consistent, the range holds old
+ * or new data by (sub)cluster, and the same request may be retried.
+ * -EROFS: opened read-only.
+ * -ENOTSUP: flag not supported for this request.
+ * -ESHUTDOWN: the image has been marked corrupt, writes are refused (reads of
+ * what is sound go on).
+ * -EDEADLK: the call would wait for a conflicting request of a queue whose
+ * last caller is the calling thread. */
+int qcow2rs_pread(struct qcow2rs_image *img, void *buf, size_t length,
+                  uint64_t offset, uint32_t flags);
+
+/* [MT] Reads.  flags: 0. */
+int qcow2rs_preadv(struct qcow2rs_image *img, const struct iovec *iov,
+                   int iovcnt, uint64_t offset, uint32_t flags);
+
+/* [MT] Writes.  flags: FUA, COMPRESSED, UNCHANGED. */
+int qcow2rs_pwrite(struct qcow2rs_image *img, const void *buf, size_t length,
+                   uint64_t offset, uint32_t flags);
+
+/* [MT] Writes.  flags: FUA, COMPRESSED, UNCHANGED. */
+int qcow2rs_pwritev(struct qcow2rs_image *img, const struct iovec *iov,
+                    int iovcnt, uint64_t offset, uint32_t flags);
+
+/* [MT] Reads as zero afterwards.  flags: MAY_UNMAP, NO_FALLBACK, FUA. */
+int qcow2rs_write_zeroes(struct qcow2rs_image *img, uint64_t offset,
+                         uint64_t length, uint32_t flags);
+
+/* [MT] A hint: afterwards the range reads as the old data, zeroes, or (version
+ * 2 images with a backing file) as the backing file; unaligned edges are kept.
+ * flags: 0. */
+int qcow2rs_discard(struct qcow2rs_image *img, uint64_t offset, uint64_t length,
+                    uint32_t flags);
+
+/* [MT] Everything that completed before this call is durable when it returns
+ * 0. */
+int qcow2rs_flush(struct qcow2rs_image *img);
+
+/* ------------------------------------------------------------- Block status */
+
+#define QCOW2RS_BLOCK_DATA 1u         /* Reads come from stored data. */
+#define QCOW2RS_BLOCK_ZERO 2u         /* Reads as zero. */
+#define QCOW2RS_BLOCK_ALLOCATED 4u    /* Defined in this layer. */
+#define QCOW2RS_BLOCK_OFFSET_VALID 8u /* host_offset is meaningful. */
+#define QCOW2RS_BLOCK_COMPRESSED 16u  /* Stored compressed. */
+#define QCOW2RS_BLOCK_EOF 32u         /* Ends at the virtual size. */
+#define QCOW2RS_STATUS_THIS_LAYER 1u  /* Do not descend into backing. */
+#define QCOW2RS_STATUS_ONE 2u         /* At most one extent. */
+
+/* Fixed size: 40 bytes. */
+struct qcow2rs_extent {
+    uint64_t offset;      /* Guest offset. */
+    uint64_t length;      /* > 0 */
+    uint64_t host_offset; /* In the storage of the layer `depth`. */
+    uint32_t flags;       /* QCOW2RS_BLOCK_* */
+    uint32_t depth;       /* 0: this image, 1: its backing image, ... */
+    uint64_t reserved;    /* 0. */
+};
+
+/* [MT] Fills up to max extents from offset on, contiguous, neighbours
+ * differing; returns how many (>= 1 unless length == 0), which may cover less
+ * than length: call again behind the last.  A snapshot in time only if nothing
+ * writes.  flags: QCOW2RS_STATUS_*; -EINVAL: past the virtual size. */
+int qcow2rs_block_status(struct qcow2rs_image *img, uint64_t offset,
+                         uint64_t length, uint32_t flags,
+                         struct qcow2rs_extent *extents, int max);
+
+/* ------------------------------------------------------------------- Create */
+
+#define QCOW2RS_CREATE_EXCL 1u /* -EEXIST rather than truncate. */
+
+/* What a new image is to be.  Reusable for any number of images. */
+struct qcow2rs_create_opts;
+
+/* [MT] */
+QCOW2RS_MUST_USE int qcow2rs_create_opts_new(struct qcow2rs_create_opts **out);
+
+/* [OBJ] */
+void qcow2rs_create_opts_free(struct qcow2rs_create_opts **opts);
+
+/* [OBJ] Typed setters for what every program sets... */
+int qcow2rs_create_opts_set_size(struct qcow2rs_create_opts *o, uint64_t bytes);
+
+/* [OBJ] The image below, as it is to be written into the header.  format: raw
+ * or qcow2. */
+int qcow2rs_create_opts_set_backing(struct qcow2rs_create_opts *o,
+                                    const char *name, const char *format);
+
+/* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
+ * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
+ * compression_type (zlib), preallocation (off).
+ * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
+ * of QEMU's that this build does not have.  What goes together is checked by
+ * create. */
+int qcow2rs_create_opts_set(struct qcow2rs_create_opts *o, const char *name,
+                            const char *value);
+
+/* [MT] Overwrites *storage (consumed).  The backing file is not opened unless
+ * size was not set and open_opts carry a policy that allows it.  When out is
+ * not NULL the new image is returned open, as by qcow2rs_open with open_opts
+ * (which may be NULL) plus OPEN_RDWR.  The reference policy is checked before
+ * anything is written.  Durable on return unless open_opts say NO_FLUSH
+ * (honoured without out, too). */
+QCOW2RS_MUST_USE
+int qcow2rs_create(struct qcow2rs_storage **storage,
+                   const struct qcow2rs_create_opts *opts,
+                   const struct qcow2rs_open_opts *open_opts,
+                   struct qcow2rs_image **out);
+
+/* [MT] Creates the file, mode 0644 less the umask, or overwrites the one there
+ * is.  flags: QCOW2RS_CREATE_EXCL. */
+QCOW2RS_MUST_USE
+int qcow2rs_create_path(const char *path, uint32_t flags,
+                        const struct qcow2rs_create_opts *opts,
+                        const struct qcow2rs_open_opts *open_opts,
+                        struct qcow2rs_image **out);
+
+/* [MT] Bytes needed by an image with these options: required for one without
+ * data, fully_allocated for one holding size bytes (`qemu-img measure`). */
+int qcow2rs_measure(const struct qcow2rs_create_opts *opts, uint64_t *required,
+                    uint64_t *fully_allocated);
+
 #ifdef __cplusplus
 }
 #endif

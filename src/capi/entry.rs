@@ -146,6 +146,21 @@ fn remember(info: &PanicHookInfo<'_>) -> bool {
         .unwrap_or(false)
 }
 
+/// Longer than any struct of ours will ever be: such a size is a mistake, and
+/// heeding it would overwrite the caller's memory.
+pub const MAX_STRUCT: usize = 65536;
+
+/// Checks a flag word: `known` are the bits that the entry point has.
+#[inline]
+pub fn flags(given: u32, known: u32) -> Result<()> {
+    if given & !known == 0 { Ok(()) } else { Err(unknown_flags(given & !known)) }
+}
+
+#[cold]
+fn unknown_flags(unknown: u32) -> Error {
+    Error::invalid(format!("the flag bits {unknown:#x} are unknown here"))
+}
+
 /// A call from C: the caller's promise that the pointers it passed are what the
 /// header asks for. The methods check what can be checked.
 pub struct Call(());
@@ -246,7 +261,7 @@ impl Call {
         name: &str,
     ) -> Result<Prefix<'_, T>> {
         self.some(ptr, name)?;
-        if size < least || isize::try_from(size).is_err() {
+        if size < least || size > MAX_STRUCT {
             return Err(Error::invalid(format!("{size} is no size of {name}")));
         }
         Ok(Prefix(ptr, size, PhantomData))
@@ -265,7 +280,7 @@ impl Call {
         name: &str,
     ) -> Result<T> {
         self.some(ptr, name)?;
-        if size < least || isize::try_from(size).is_err() {
+        if size < least || size > MAX_STRUCT {
             return Err(Error::invalid(format!("{size} is no size of {name}")));
         }
         let known = size.min(size_of::<T>());

@@ -116,6 +116,56 @@ impl<T: Object> Out<'_, T> {
     }
 }
 
+/// An object on its way out, which no new call gets into. Dropped, it stays with
+/// the caller, who may go on using it; but if a panic is under way, it is in
+/// pieces, and so it is leaked: the caller has lost it.
+pub struct Leaving<'c, T: Object> {
+    from: *mut *mut T,
+    object: *mut T,
+    handle: &'c Handle<T::Value>,
+}
+
+impl<T: Object> Leaving<'_, T> {
+    /// A panic has left it in pieces: it may be released, not used.
+    pub fn poisoned(&self) -> bool {
+        self.handle.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Takes it from the caller, whose pointer becomes NULL.
+    pub fn release(self) -> Taken<T::Value> {
+        let (poisoned, object) = (self.poisoned(), self.object);
+        self.forget();
+        std::mem::forget(self);
+        // SAFETY: made by `Out::set`, live until now, and nobody is inside.
+        let object = unsafe { Box::from_raw(object) };
+        Taken { value: object.into_handle().value, poisoned }
+    }
+
+    /// A second release finds no live object, if it finds this memory.
+    fn forget(&self) {
+        self.handle.label.store(0, Ordering::Relaxed);
+        // SAFETY: the caller's variable, from which `object` was read.
+        unsafe { self.from.write(ptr::null_mut()) }
+    }
+}
+
+impl<T: Object> Deref for Leaving<'_, T> {
+    type Target = T::Value;
+    fn deref(&self) -> &T::Value {
+        &self.handle.value
+    }
+}
+
+impl<T: Object> Drop for Leaving<'_, T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.forget();
+        } else {
+            self.handle.leaving.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
 /// An object that has come back from C.
 pub struct Taken<V> {
     /// The object.
@@ -155,34 +205,39 @@ impl Call {
         Ok(Out(out, PhantomData))
     }
 
-    /// Takes the object from the caller, whose pointer becomes NULL; `None` if
-    /// it is NULL already. -EBUSY while a call is inside: the caller keeps it.
-    pub fn take<T: Object>(&self, object: *mut *mut T) -> Result<Option<Taken<T::Value>>> {
+    /// A handle output that may be NULL: the caller does not want the object.
+    pub fn optional_out<T: Object>(&self, out: *mut *mut T) -> Result<Option<Out<'_, T>>> {
+        if out.is_null() { Ok(None) } else { self.out(out).map(Some) }
+    }
+
+    /// Closes an object to new calls, before it is taken from the caller; `None`
+    /// if the pointer or the object is NULL. -EBUSY while a call is inside.
+    pub fn leaving<T: Object>(&self, object: *mut *mut T) -> Result<Option<Leaving<'_, T>>> {
         if object.is_null() {
             return Ok(None);
         }
         self.some(object, T::NAME)?;
+        let from = object;
         // SAFETY: not NULL, aligned; the caller's variable.
-        let raw = unsafe { object.read() };
-        if raw.is_null() {
+        let object = unsafe { from.read() };
+        if object.is_null() {
             return Ok(None);
         }
-        let handle = self.live(raw)?;
+        let handle = self.live(object)?;
         if handle.leaving.swap(true, Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Busy, format!("{} is being released", T::NAME)));
         }
+        let leaving = Leaving { from, object, handle };
         if handle.users.iter().any(|users| users.load(Ordering::SeqCst) != 0) {
-            handle.leaving.store(false, Ordering::SeqCst);
             return Err(Error::new(ErrorKind::Busy, format!("{} is in use", T::NAME)));
         }
-        // A second release finds no live object, if it finds this memory.
-        handle.label.store(0, Ordering::Relaxed);
-        let poisoned = handle.poisoned.load(Ordering::Acquire);
-        // SAFETY: as for the read above.
-        unsafe { object.write(ptr::null_mut()) };
-        // SAFETY: made by `Out::set`, live until now, and nobody is inside.
-        let object = unsafe { Box::from_raw(raw) };
-        Ok(Some(Taken { value: object.into_handle().value, poisoned }))
+        Ok(Some(leaving))
+    }
+
+    /// Takes the object from the caller, whose pointer becomes NULL; `None` if
+    /// it is NULL already. -EBUSY while a call is inside: the caller keeps it.
+    pub fn take<T: Object>(&self, object: *mut *mut T) -> Result<Option<Taken<T::Value>>> {
+        Ok(self.leaving(object)?.map(Leaving::release))
     }
 
     /// Takes an object that the entry point consumes: there must be one, and it

@@ -18,12 +18,11 @@
 /// What the header calls `struct iovec`.
 pub use libc::iovec;
 
-// The entry points that use the rest of these two are yet to come.
+// The entry points that use the rest of it (secrets, snapshots) are yet to come.
 #[macro_use]
 #[allow(dead_code)]
 pub(crate) mod entry;
 #[macro_use]
-#[allow(dead_code, unused_macros)]
 pub(crate) mod handle;
 
 mod version;
@@ -34,3 +33,27 @@ pub use error::*;
 
 mod log;
 pub use log::*;
+
+mod callbacks;
+pub use callbacks::*;
+
+mod storage;
+pub use storage::*;
+
+mod open_opts;
+pub use open_opts::*;
+
+mod open;
+pub use open::*;
+
+mod info;
+pub use info::*;
+
+mod io;
+pub use io::*;
+
+mod status;
+pub use status::*;
+
+mod create;
+pub use create::*;

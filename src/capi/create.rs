@@ -1,0 +1,177 @@
+//! Create
+
+use std::ffi::{c_char, c_int};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::entry::{Call, flags};
+use super::handle::Handle;
+use super::open::qcow2rs_image;
+use super::open_opts::{options, qcow2rs_open_opts};
+use super::storage::{path, qcow2rs_storage};
+use crate::admin::create::{self, CreateOptions};
+use crate::error::{Error, Result};
+use crate::format::limits::MAX_BACKING_NAME;
+use crate::image::options::Format;
+
+/// -EEXIST rather than truncate.
+pub const QCOW2RS_CREATE_EXCL: u32 = 1;
+
+/// What a new image is to be.  Reusable for any number of images.
+pub struct qcow2rs_create_opts(Handle<Mutex<CreateOptions>>);
+object!(qcow2rs_create_opts: Mutex<CreateOptions>);
+
+fn settings(opts: &Mutex<CreateOptions>) -> MutexGuard<'_, CreateOptions> {
+    // A panic poisons the handle, whose options nobody sees again.
+    opts.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn copy(call: &Call, opts: *const qcow2rs_create_opts) -> Result<CreateOptions> {
+    let opts = call.held(opts)?;
+    Ok(settings(&opts).clone())
+}
+
+/// [MT]
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_new(out: *mut *mut qcow2rs_create_opts) -> c_int {
+    entry!(|call| {
+        call.out(out)?.set(Mutex::default());
+        Ok(0)
+    })
+}
+
+/// [OBJ]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_free(opts: *mut *mut qcow2rs_create_opts) {
+    entry!(|call| call.take(opts).map(drop))
+}
+
+/// [OBJ] Typed setters for what every program sets...
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_set_size(
+    o: *mut qcow2rs_create_opts,
+    bytes: u64,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        settings(&opts).size = Some(bytes);
+        Ok(0)
+    })
+}
+
+/// [OBJ] The image below, as it is to be written into the header.  format: raw
+/// or qcow2.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_set_backing(
+    o: *mut qcow2rs_create_opts,
+    name: *const c_char,
+    format: *const c_char,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        let name = call.string(name, "name")?.to_bytes();
+        if name.is_empty() || name.len() > MAX_BACKING_NAME {
+            return Err(Error::invalid(format!(
+                "the name of a backing file has 1 to {MAX_BACKING_NAME} bytes, not {}",
+                name.len()
+            )));
+        }
+        let format = call.string(format, "format")?;
+        let Some(format) = Format::from_name(format.to_bytes()) else {
+            return Err(Error::invalid(format!("{format:?} is no backing format: raw or qcow2")));
+        };
+        settings(&opts).backing = Some((name.to_vec(), format));
+        Ok(0)
+    })
+}
+
+/// [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
+/// (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
+/// compression_type (zlib), preallocation (off).
+/// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
+/// of QEMU's that this build does not have.  What goes together is checked by
+/// create.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_set(
+    o: *mut qcow2rs_create_opts,
+    name: *const c_char,
+    value: *const c_char,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        let (name, value) = (call.text(name, "name")?, call.text(value, "value")?);
+        settings(&opts).set(name, value)?;
+        Ok(0)
+    })
+}
+
+/// [MT] Overwrites *storage (consumed).  The backing file is not opened unless
+/// size was not set and open_opts carry a policy that allows it.  When out is
+/// not NULL the new image is returned open, as by qcow2rs_open with open_opts
+/// (which may be NULL) plus OPEN_RDWR.  The reference policy is checked before
+/// anything is written.  Durable on return unless open_opts say NO_FLUSH
+/// (honoured without out, too).
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create(
+    storage: *mut *mut qcow2rs_storage,
+    opts: *const qcow2rs_create_opts,
+    open_opts: *const qcow2rs_open_opts,
+    out: *mut *mut qcow2rs_image,
+) -> c_int {
+    entry!(|call| {
+        // The storage first: it is consumed whatever else is wrong.
+        let source = call.consume(storage);
+        let out = call.optional_out(out)?;
+        let (opts, open) = (copy(call, opts)?, options(call, open_opts)?);
+        match out {
+            None => create::create(source?, &opts, &open)?,
+            Some(out) => out.set(create::create_open(source?, &opts, &open)?),
+        }
+        Ok(0)
+    })
+}
+
+/// [MT] Creates the file, mode 0644 less the umask, or overwrites the one there
+/// is.  flags: QCOW2RS_CREATE_EXCL.
+#[must_use]
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_path(
+    path: *const c_char,
+    flags: u32,
+    opts: *const qcow2rs_create_opts,
+    open_opts: *const qcow2rs_open_opts,
+    out: *mut *mut qcow2rs_image,
+) -> c_int {
+    entry!(|call| {
+        let out = call.optional_out(out)?;
+        let path = self::path(call.string(path, "path")?)?;
+        self::flags(flags, QCOW2RS_CREATE_EXCL)?;
+        let exclusive = flags & QCOW2RS_CREATE_EXCL != 0;
+        let (opts, open) = (copy(call, opts)?, options(call, open_opts)?);
+        match out {
+            None => create::create_path(&path, exclusive, &opts, &open)?,
+            Some(out) => out.set(create::create_path_open(&path, exclusive, &opts, &open)?),
+        }
+        Ok(0)
+    })
+}
+
+/// [MT] Bytes needed by an image with these options: required for one without
+/// data, fully_allocated for one holding size bytes (`qemu-img measure`).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_measure(
+    opts: *const qcow2rs_create_opts,
+    required: *mut u64,
+    fully_allocated: *mut u64,
+) -> c_int {
+    entry!(|call| {
+        let opts = copy(call, opts)?;
+        let required = call.slot(required, "required")?;
+        let fully_allocated = call.slot(fully_allocated, "fully_allocated")?;
+        let (empty, full) = create::measure(&opts)?;
+        required.set(empty);
+        fully_allocated.set(full);
+        Ok(0)
+    })
+}
