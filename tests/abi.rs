@@ -6,7 +6,7 @@
 //! the one who knows. Nothing has to be listed: what is new in the header is
 //! compared, and what the crate lacks does not compile.
 
-mod common;
+mod built;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -48,7 +48,7 @@ impl ParseCallbacks for Listener {
 fn bindings(known: &[String]) -> (String, Found) {
     let found = Arc::new(Mutex::new(Found::default()));
     let mut builder = bindgen::builder()
-        .header(common::root().join("include/qcow2rs.h").to_str().unwrap())
+        .header(built::root().join("include/qcow2rs.h").to_str().unwrap())
         .allowlist_item("(?i)qcow2rs_.*")
         .formatter(bindgen::Formatter::None)
         .parse_callbacks(Box::new(Listener(Arc::clone(&found))));
@@ -86,13 +86,13 @@ fn compile(name: &str, program: &str) {
     std::fs::write(&source, program).unwrap();
     let cargo = std::env::var_os("CARGO").expect("set by cargo");
     let rustc = Path::new(&cargo).with_file_name("rustc");
-    let libraries = common::libraries();
+    let libraries = built::libraries();
     let mut command = Command::new(if rustc.exists() { &rustc } else { Path::new("rustc") });
     command.args(["--edition=2024", "--crate-type=lib", "--emit=metadata", "--cap-lints=allow"]);
     command.arg("--out-dir").arg(dir.path());
     command.arg("--extern").arg(format!("qcow2rs={}/libqcow2rs.rlib", libraries.display()));
     command.arg("-L").arg(format!("dependency={}", libraries.display()));
-    common::run(command.arg(source));
+    built::run(command.arg(source));
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn every_function_has_the_prototype_of_the_header() {
     let functions = functions(&text);
 
     let names: Vec<&str> = functions.iter().map(|(name, _)| *name).collect();
-    let mut expected: Vec<String> = common::exports().into_iter().collect();
+    let mut expected: Vec<String> = built::exports().into_iter().collect();
     expected.sort_by_key(|export| names.iter().position(|name| name == export));
     assert_eq!(names, expected, "the header and include/qcow2rs.map differ");
 
@@ -171,7 +171,7 @@ fn every_struct_has_the_layout_of_the_header() {
 
 #[test]
 fn the_version_string_is_that_of_the_package() {
-    let header = common::read("include/qcow2rs.h");
+    let header = built::read("include/qcow2rs.h");
     let line = format!("#define QCOW2RS_VERSION_STRING \"{}\"", env!("CARGO_PKG_VERSION"));
     assert!(header.lines().any(|text| text == line), "no line: {line}");
 }

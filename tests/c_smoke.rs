@@ -1,6 +1,6 @@
 //! A C program against what cargo builds, without meson.
 
-mod common;
+mod built;
 
 use std::path::Path;
 use std::process::Command;
@@ -14,23 +14,23 @@ fn cc() -> Command {
     let mut build = cc::Build::new();
     build.target(target).host(target).opt_level(1).cargo_metadata(false);
     build.std("c11").warnings(true).extra_warnings(true).warnings_into_errors(true);
-    build.include(common::root().join("include")).get_compiler().to_command()
+    build.include(built::root().join("include")).get_compiler().to_command()
 }
 
 fn compile(source: &str, program: &Path, link: &[&str]) {
     let mut command = cc();
-    command.arg(common::root().join(source)).args(link).arg("-o").arg(program);
-    common::run(&mut command);
+    command.arg(built::root().join(source)).args(link).arg("-o").arg(program);
+    built::run(&mut command);
 }
 
 #[test]
 fn a_c_program_runs_with_the_static_library() {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("smoke");
-    let library = common::libraries().join("libqcow2rs.a");
+    let library = built::libraries().join("libqcow2rs.a");
     let link: Vec<&str> = [library.to_str().unwrap()].into_iter().chain(SYSTEM).collect();
     compile("c-tests/smoke.c", &program, &link);
-    let printed = common::run(&mut Command::new(&program));
+    let printed = built::run(&mut Command::new(&program));
     assert_eq!(printed.trim_end(), env!("CARGO_PKG_VERSION"));
 }
 
@@ -38,24 +38,24 @@ fn a_c_program_runs_with_the_static_library() {
 fn a_c_program_runs_with_the_shared_library() {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("smoke");
-    let library = common::libraries().join("libqcow2rs.so");
+    let library = built::libraries().join("libqcow2rs.so");
     compile("c-tests/smoke.c", &program, &[library.to_str().unwrap()]);
     // The program asks for the soname.
     let (major, minor) = (env!("CARGO_PKG_VERSION_MAJOR"), env!("CARGO_PKG_VERSION_MINOR"));
     let abi = if major == "0" { format!("0.{minor}") } else { major.to_owned() };
     let soname = dir.path().join(format!("libqcow2rs.so.{abi}"));
     std::os::unix::fs::symlink(library, soname).unwrap();
-    let printed = common::run(Command::new(&program).env("LD_LIBRARY_PATH", dir.path()));
+    let printed = built::run(Command::new(&program).env("LD_LIBRARY_PATH", dir.path()));
     assert_eq!(printed.trim_end(), env!("CARGO_PKG_VERSION"));
 }
 
 #[test]
 fn the_shared_library_exports_the_api_and_nothing_else() {
-    let library = common::libraries().join("libqcow2rs.so");
-    let symbols = common::run(Command::new("nm").args(["-D", "--defined-only"]).arg(library));
+    let library = built::libraries().join("libqcow2rs.so");
+    let symbols = built::run(Command::new("nm").args(["-D", "--defined-only"]).arg(library));
     let mut names: Vec<&str> =
         symbols.lines().filter_map(|line| line.split_whitespace().last()).collect();
     names.sort_unstable();
-    let expected: Vec<String> = common::exports().into_iter().collect();
+    let expected: Vec<String> = built::exports().into_iter().collect();
     assert_eq!(names, expected);
 }
