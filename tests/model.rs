@@ -4,10 +4,10 @@
 //!
 //! A failure names its seed: `QCOW2RS_SEED=n cargo test --test model` replays it.
 
-mod common;
+mod support;
 
-use common::{Rng, Scratch, qemu_img_check, qemu_img_compare};
 use qcow2rs::{CreateOptions, Format, Image, OpenOptions, Policy, Source, WriteFlags, ZeroFlags};
+use support::{Rng, Scratch, qemu_img_check, qemu_img_compare};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -176,10 +176,10 @@ impl Run {
 
 #[test]
 fn random_operations_agree_with_a_byte_array() {
-    common::for_seeds("model", 2, |seed| {
+    support::for_seeds("model", 2, |seed| {
         for (number, case) in cases().into_iter().enumerate() {
             let seed = seed.wrapping_mul(1000) + number as u64;
-            common::describe(format!("{case:?}"), || {
+            support::describe(format!("{case:?}"), || {
                 let mut run = Run::new(case, seed);
                 for _ in 0..150 {
                     run.step();

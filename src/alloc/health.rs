@@ -37,11 +37,6 @@ impl Health {
         error.wrap_as(ErrorKind::FlushFailed, "sync failed, no more writes until reopened")
     }
 
-    /// Whether a sync has failed.
-    pub fn is_sync_failed(&self) -> bool {
-        self.sync_failed.load(SeqCst)
-    }
-
     /// Remembers that the image is corrupt; true for the first to say so.
     pub fn set_corrupt(&self) -> bool {
         !self.corrupt.swap(true, SeqCst)

@@ -5,7 +5,7 @@
 //! the pointer was durably dropped (see `limbo`), so writing them early is safe
 //! as well: a crash leaves leaks, never a count that is too low.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use super::overlap::{Metadata, OverlapIndex};
@@ -158,17 +158,6 @@ impl Refcounts {
             }
             self.load(engine, storage, key).await?;
         }
-    }
-
-    /// The refcount of a cluster.
-    pub async fn get<E: Engine>(&self, engine: &E, storage: &Storage, cluster: u64) -> Result<u64> {
-        let Some(place) = self.place(cluster)? else { return Ok(0) };
-        self.look(engine, storage, place.key, |words| {
-            self.get_in(place.index, |i| {
-                words.get(i).map_or(0, |word| word.load(Ordering::Relaxed))
-            })
-        })
-        .await
     }
 
     /// The count at `index` of a slice whose words `word` returns.

@@ -70,7 +70,7 @@ pub enum Layer {
     /// A qcow2 image.
     Qcow2(Box<Qcow2>),
     /// The bytes of a storage.
-    Raw(Raw),
+    Raw(Box<Raw>),
 }
 
 /// A raw image.

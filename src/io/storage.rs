@@ -6,7 +6,6 @@
 //! mean.
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -402,8 +401,8 @@ impl Storage {
         &self.backend
     }
 
-    /// The descriptor, for engines that submit operations themselves.
-    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+    #[cfg(test)]
+    pub(crate) fn fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         match &self.backend {
             Backend::File(file) => Some(file.fd()),
             _ => None,

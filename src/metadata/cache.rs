@@ -101,11 +101,6 @@ impl WriteBack<'_> {
         }
     }
 
-    /// Number of copies, written or not.
-    pub fn len(&self) -> usize {
-        self.slices.len()
-    }
-
     /// Whether nothing was dirty.
     pub fn is_empty(&self) -> bool {
         self.slices.is_empty()
@@ -128,11 +123,6 @@ impl SliceMut<'_> {
     /// The word at `index`; 0 past the end.
     pub fn get(&self, index: usize) -> u64 {
         self.words.get(index).map_or(0, |word| word.load(Ordering::Relaxed))
-    }
-
-    /// Number of words.
-    pub fn len(&self) -> usize {
-        self.words.len()
     }
 
     /// Sets a word; the slice becomes dirty if that changes it.
@@ -451,13 +441,13 @@ mod tests {
         }
         assert_eq!(load(&cache, 3), Loaded::Full);
         let mut copies = cache.take_dirty();
-        assert_eq!(copies.len(), 2);
+        assert_eq!(copies.slices.len(), 2);
         assert_eq!(load(&cache, 3), Loaded::Full, "being written is not clean yet");
         copies.mark_written();
         assert_eq!(load(&cache, 3), Loaded::Done);
         assert_eq!(first(&cache, 1), None);
         drop(copies);
-        assert_eq!(cache.take_dirty().len(), 1);
+        assert_eq!(cache.take_dirty().slices.len(), 1);
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Guest<'a, D> {
     base: Base,
     skip: usize,
     len: usize,
-    _memory: PhantomData<(&'a [u8], fn(D) -> D)>,
+    _memory: PhantomData<&'a D>,
 }
 
 #[derive(Clone, Copy, Debug)]
