@@ -375,11 +375,11 @@ impl Allocator {
     /// Lowers the refcounts of what has left limbo; the clusters are free then.
     pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         for clusters in self.limbo.take_ready(&self.epochs) {
-            let freed = self.refcounts.lower(engine, storage, clusters).await?;
-            self.freed.fetch_add(freed.len() as u64, Ordering::Relaxed);
-            if let Some(lowest) = freed.first() {
+            let (freed, lowest) = self.refcounts.lower(engine, storage, clusters).await?;
+            self.freed.fetch_add(freed, Ordering::Relaxed);
+            if let Some(lowest) = lowest {
                 let mut state = self.lock();
-                state.hint = state.hint.min(*lowest);
+                state.hint = state.hint.min(lowest);
             }
         }
         Ok(())

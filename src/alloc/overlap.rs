@@ -65,7 +65,7 @@ pub struct OverlapIndex {
 impl OverlapIndex {
     /// An index that holds the header, with room for `expected` clusters.
     pub fn new(cluster_bits: u32, expected: usize) -> OverlapIndex {
-        let words = (expected / 2).next_power_of_two().clamp(64, 1 << 16);
+        let words = (expected / 2).next_power_of_two().clamp(512, 1 << 16);
         let index = OverlapIndex {
             cluster_bits,
             filter: (0..words).map(|_| AtomicU64::new(0)).collect(),

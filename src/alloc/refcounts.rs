@@ -173,33 +173,48 @@ impl Refcounts {
         slice.set(at, self.width.set(slice.get(at), index % per_word, value));
     }
 
-    /// Takes one reference from each cluster of a range. Returns the clusters
-    /// that are free now. `Corrupt` where there was none to take.
+    /// Takes one reference from each cluster of a range. Returns how many are free
+    /// now, and the lowest of them. `Corrupt` where there was none to take.
     pub async fn lower<E: Engine>(
         &self,
         engine: &E,
         storage: &Storage,
         clusters: std::ops::Range<u64>,
-    ) -> Result<Vec<u64>> {
-        let mut freed = Vec::new();
-        for cluster in clusters {
-            let none_left = || {
-                Error::corrupt(format!("host cluster {cluster} was in use but its refcount is 0"))
+    ) -> Result<(u64, Option<u64>)> {
+        let (mut freed, mut lowest) = (0, None);
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let none_left = |cluster| {
+                Error::corrupt(format!(
+                    "{}: host cluster {cluster} was in use but its refcount is 0",
+                    storage.name()
+                ))
             };
-            let place = self.place(cluster)?.ok_or_else(none_left)?;
-            let left = self
+            let place = self.place(at)?.ok_or_else(|| none_left(at))?;
+            let count = (clusters.end - at).min(place.count - place.index);
+            let bad = self
                 .update(engine, storage, place.key, |slice| {
-                    let count = self.get_in(place.index, |i| slice.get(i));
-                    let left = count.checked_sub(1)?;
-                    self.set_in(slice, place.index, left);
-                    Some(left)
+                    for n in 0..count {
+                        let index = place.index + n;
+                        match self.get_in(index, |i| slice.get(i)) {
+                            0 => return Some(at + n),
+                            1 => {
+                                freed += 1;
+                                lowest = lowest.or(Some(at + n));
+                                self.set_in(slice, index, 0);
+                            }
+                            more => self.set_in(slice, index, more - 1),
+                        }
+                    }
+                    None
                 })
                 .await?;
-            if left.ok_or_else(none_left)? == 0 {
-                freed.push(cluster);
+            if let Some(cluster) = bad {
+                return Err(none_left(cluster));
             }
+            at += count;
         }
-        Ok(freed)
+        Ok((freed, lowest))
     }
 
     /// Whether anything waits to be written.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
+use crate::alloc::health::Health;
 use crate::error::{Error, Result};
 use crate::format::compressed::Compressed;
 use crate::format::subcluster::Subcluster;
@@ -79,6 +80,8 @@ pub struct Raw {
     pub storage: Storage,
     /// How many there are.
     pub size: u64,
+    /// Whether a sync has failed.
+    pub health: Health,
 }
 
 impl Layer {

@@ -216,7 +216,7 @@ async fn open_layer<E: Engine>(
                 )));
             }
             check_size(length, options, &storage)?;
-            Ok(Layer::Raw(Box::new(Raw { storage, size: length })))
+            Ok(Layer::Raw(Box::new(Raw { storage, size: length, health: Health::default() })))
         }
         Format::Qcow2 => {
             let image = open_qcow2(engine, storage, &first, length, options, budget).await?;

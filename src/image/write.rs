@@ -380,7 +380,7 @@ impl Raw {
 
     pub(super) fn check_writable(&self) -> Result<()> {
         if self.storage.access().writable {
-            return Ok(());
+            return self.health.check();
         }
         Err(Error::new(ErrorKind::ReadOnly, format!("{} is open read-only", self.storage.name())))
     }

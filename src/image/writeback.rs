@@ -67,7 +67,9 @@ impl Disk {
                 }
             }
             Some(Layer::Raw(raw)) if raw.storage.access().writable => {
-                raw.storage.sync(engine).await
+                raw.health.check()?;
+                let synced = raw.storage.sync(engine).await;
+                synced.map_err(|error| raw.health.sync_failed(error))
             }
             // Nothing can have been written.
             _ => Ok(()),
