@@ -56,14 +56,11 @@ fn refcount_clusters(geometry: Geometry, width: RefcountWidth, clusters: u64) ->
     loop {
         let needed = (clusters + blocks + table).div_ceil(per_block);
         let named = geometry.clusters_for(needed * 8);
-        if (needed, named) == (blocks, table) {
+        if needed <= blocks && named <= table {
             return (blocks, table);
         }
         // Both only ever grow, so this ends.
         (blocks, table) = (needed.max(blocks), named.max(table));
-        if needed <= blocks && named <= table {
-            return (blocks, table);
-        }
     }
 }
 
