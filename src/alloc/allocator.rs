@@ -316,6 +316,18 @@ impl Allocator {
         Ok(())
     }
 
+    /// Cuts off the end of the file, which nothing uses.
+    pub async fn shrink_file<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        length: u64,
+    ) -> Result<()> {
+        storage.truncate(engine, length).await?;
+        self.lock().file_length = length;
+        Ok(())
+    }
+
     /// Gives the clusters that `cluster` belongs to a refcount block, which lies
     /// in `cluster` and so counts itself.
     async fn add_block<E: Engine>(

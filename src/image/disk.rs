@@ -138,6 +138,17 @@ impl Located {
             | Subcluster::ZeroReserved => true,
         }
     }
+
+    /// Whether the layer leaves it to those below.
+    pub fn is_absent(&self) -> bool {
+        match self.run.kind {
+            Subcluster::Unallocated | Subcluster::Reserved => true,
+            Subcluster::Zero
+            | Subcluster::ZeroReserved
+            | Subcluster::Normal
+            | Subcluster::Compressed => false,
+        }
+    }
 }
 
 /// A slice that is missing for an answer.
@@ -196,15 +207,9 @@ impl Disk {
                 Err(error) if index > 0 => return Err(error.mark_from_below()),
                 Err(error) => return Err(error),
             };
-            let is_here = match run.kind {
-                Subcluster::Unallocated | Subcluster::Reserved => false,
-                Subcluster::Zero
-                | Subcluster::ZeroReserved
-                | Subcluster::Normal
-                | Subcluster::Compressed => true,
-            };
-            if is_here || index + 1 == self.layers.len() {
-                return Ok(Ok(Located { layer: index, run, past_end: false }));
+            let here = Located { layer: index, run, past_end: false };
+            if !here.is_absent() || index + 1 == self.layers.len() {
+                return Ok(Ok(here));
             }
             max = run.len;
             index += 1;
@@ -220,18 +225,22 @@ impl Disk {
         offset: GuestOffset,
         max: u64,
     ) -> Result<Located> {
+        let (mut from, mut max) = (from, max);
         loop {
-            match self.try_locate(from, offset, max)? {
+            let missing = match self.try_locate(from, offset, max)? {
                 Ok(located) => return Ok(located),
-                Err(missing) => self.load(engine, missing).await?,
+                Err(missing) => missing,
+            };
+            let Some(Layer::Qcow2(image)) = self.layers.get(missing.layer) else { continue };
+            if !image.load(engine, missing.key).await? {
+                // No room in an unhealthy image's cache; it is the topmost one.
+                let run = image.find(engine, offset, max).await?;
+                let here = Located { layer: missing.layer, run, past_end: false };
+                if !here.is_absent() || missing.layer + 1 == self.layers.len() {
+                    return Ok(here);
+                }
+                (from, max) = (missing.layer + 1, run.len);
             }
-        }
-    }
-
-    async fn load<E: Engine>(&self, engine: &E, missing: Missing) -> Result<()> {
-        match self.layers.get(missing.layer) {
-            Some(Layer::Qcow2(image)) => image.load(engine, missing.key).await,
-            Some(Layer::Raw(_)) | None => Ok(()),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
 use super::options::{Format, OpenOptions, Reference, ReferenceKind};
-use super::qcow2::{L1Table, Qcow2, Writing};
+use super::qcow2::{L1Table, Qcow2, Writing, words_of};
 use crate::alloc::allocator::Allocator;
 use crate::alloc::health::Health;
 use crate::alloc::overlap::{Metadata, OverlapIndex};
@@ -260,7 +260,8 @@ async fn open_qcow2<E: Engine>(
     // CHECK_ONLY tolerates any damage: nothing but the header is looked at.
     let l1_entries = if options.check_only { 0 } else { header.l1_size as usize };
     budget.take(l1_entries as u64 * 8, "the L1 table", &storage)?;
-    let l1 = L1Table::new(words(&read(engine, &storage, header.l1_offset, l1_entries * 8).await?));
+    let l1 =
+        L1Table::new(words_of(&read(engine, &storage, header.l1_offset, l1_entries * 8).await?));
     let l2 = l2_cache(geometry, size, options, budget, &storage)?;
 
     let mut image = Qcow2 {
@@ -327,7 +328,7 @@ async fn open_for_writing<E: Engine>(
     let cache = options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES);
     budget.take(table_bytes + cache, "the refcount table and its cache", storage)?;
     let bytes = read(engine, storage, header.reftable_offset, table_bytes as usize).await?;
-    let table = Table { entries: words(&bytes).collect(), offset: header.reftable_offset };
+    let table = Table { entries: words_of(&bytes).collect(), offset: header.reftable_offset };
     // What the overlap index takes for each table.
     budget.take(image.l1.len() as u64 * 17, "the index of L2 tables", storage)?;
     let overlap = Arc::new(index_metadata(engine, image, &table).await?);
@@ -449,8 +450,4 @@ pub(crate) async fn read<E: Engine>(
     let all = block.slice(0, bytes);
     storage.read(engine, Target::Block(all.clone()), offset).await?;
     Ok(all.to_vec())
-}
-
-fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|chunk| chunk.iter().fold(0, |word, b| word << 8 | u64::from(*b)))
 }

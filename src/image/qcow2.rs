@@ -145,7 +145,9 @@ impl Writing {
     /// Data was written that no sync has covered yet.
     #[inline]
     pub fn mark_unsynced(&self) {
-        if !self.needs_sync.load(Ordering::Relaxed) {
+        // If the load sees what a flush is about to take, that flush's sync comes
+        // after our write: nothing is missed.
+        if !self.needs_sync.load(Ordering::SeqCst) {
             self.needs_sync.store(true, Ordering::SeqCst);
         }
     }
@@ -298,24 +300,61 @@ impl Qcow2 {
         loop {
             match self.lookup(offset, max)? {
                 Lookup::Run(run) => return Ok(run),
-                Lookup::Load(key) => self.load(engine, key).await?,
+                Lookup::Load(key) => {
+                    if !self.load(engine, key).await? {
+                        return self.find_apart(engine, key, offset, max).await;
+                    }
+                }
             }
         }
     }
 
-    /// Brings a slice of an L2 table into the cache.
-    pub async fn load<E: Engine>(&self, engine: &E, key: HostOffset) -> Result<()> {
+    /// As `find`, past a cache that is full of what can never be written back: the
+    /// image is unhealthy, but what is sound can still be read.
+    #[cold]
+    async fn find_apart<E: Engine>(
+        &self,
+        engine: &E,
+        key: HostOffset,
+        offset: GuestOffset,
+        max: u64,
+    ) -> Result<Run> {
+        let block = Block::zeroed(self.l2.slice_bytes())?;
+        self.storage.read(engine, Target::Block(block.all()), key.get()).await?;
+        let words: Vec<AtomicU64> = words_of(&block.all().to_vec()).map(AtomicU64::new).collect();
+        let cluster = self.geometry().guest_cluster(offset);
+        let index = self.geometry().l2_index(cluster) as usize % self.entries_per_slice();
+        let run = self.walk(&words, index, offset, max)?;
+        Ok(Run { copied: false, ..run })
+    }
+
+    /// Brings a slice of an L2 table into the cache. `false`: there is no room, and
+    /// none to be had, for nothing is written back any more.
+    pub async fn load<E: Engine>(&self, engine: &E, key: HostOffset) -> Result<bool> {
         self.misses.fetch_add(1, Ordering::Relaxed);
         loop {
             let ticket = self.l2.begin_load(key);
             let block = Block::zeroed(self.l2.slice_bytes())?;
             self.storage.read(engine, Target::Block(block.all()), key.get()).await?;
             match self.l2.finish_load(key, ticket, &block.all().to_vec()) {
-                Loaded::Done => return Ok(()),
+                Loaded::Done => return Ok(true),
                 Loaded::Stale => {}
+                Loaded::Full if self.is_unhealthy() => return Ok(false),
                 Loaded::Full => self.make_room(engine).await?,
             }
         }
+    }
+
+    fn is_unhealthy(&self) -> bool {
+        self.writing.as_ref().is_some_and(|writing| writing.allocator.health.check().is_err())
+    }
+
+    /// As `load`, for a request that changes something.
+    pub async fn load_to_change<E: Engine>(&self, engine: &E, key: HostOffset) -> Result<()> {
+        if !self.load(engine, key).await? {
+            self.writing()?.allocator.health.check()?;
+        }
+        Ok(())
     }
 
     /// The entry of one cluster of `table`, and whether it says something valid.
@@ -336,7 +375,7 @@ impl Qcow2 {
                     ))
                 });
             }
-            self.load(engine, key).await?;
+            self.load_to_change(engine, key).await?;
         }
     }
 
@@ -371,7 +410,7 @@ impl Qcow2 {
             });
             match done {
                 Some(result) => return result,
-                None => self.load(engine, key).await?,
+                None => self.load_to_change(engine, key).await?,
             }
         }
     }
@@ -399,6 +438,11 @@ impl Qcow2 {
         }
         error
     }
+}
+
+/// The words of a table as it is stored.
+pub fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|chunk| chunk.iter().fold(0, |word, b| word << 8 | u64::from(*b)))
 }
 
 fn entry_in(slice: &SliceMut<'_>, index: usize, words: usize) -> L2Entry {

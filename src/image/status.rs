@@ -1,7 +1,6 @@
 //! Where the content of each part of the disk comes from.
 
 use super::disk::{Disk, Layer, Located};
-use super::qcow2::Lookup;
 use crate::error::Result;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::GuestOffset;
@@ -100,12 +99,7 @@ impl Disk {
         // Without a lower layer to ask, the layers below do not exist.
         let part = match (this_layer, self.top()) {
             (true, Some(image)) => {
-                let run = loop {
-                    match image.lookup(GuestOffset(at), max)? {
-                        Lookup::Run(run) => break run,
-                        Lookup::Load(key) => image.load(engine, key).await?,
-                    }
-                };
+                let run = image.find(engine, GuestOffset(at), max).await?;
                 Located { layer: 0, run, past_end: false }
             }
             _ => self.locate(engine, 0, GuestOffset(at), max).await?,

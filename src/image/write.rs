@@ -149,7 +149,7 @@ impl Disk {
                 Lookup::Run(run) => run,
                 Lookup::Load(key) => {
                     drop(inside);
-                    image.load(engine, key).await?;
+                    image.load_to_change(engine, key).await?;
                     continue;
                 }
             };

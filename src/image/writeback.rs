@@ -194,9 +194,9 @@ impl Qcow2 {
             allocator.refcounts.write_back(engine, &self.storage).await?;
             allocator.barrier(engine, &self.storage).await?;
         }
-        if let Some(length) = needed {
-            self.storage.truncate(engine, length).await?;
+        match needed {
+            Some(length) => allocator.shrink_file(engine, &self.storage, length).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 }
