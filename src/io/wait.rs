@@ -342,8 +342,10 @@ mod tests {
                 scope.spawn(move || {
                     for round in 0..ROUNDS {
                         let mine = round * 2 + me;
-                        block_on(list.until(|| (turn.load(SeqCst) == mine).then_some(())));
-                        turn.store(mine + 1, SeqCst);
+                        block_on(
+                            list.until(|| (turn.load(Ordering::Acquire) == mine).then_some(())),
+                        );
+                        turn.store(mine + 1, Ordering::Release);
                         list.wake_all();
                     }
                 });

@@ -304,6 +304,26 @@ mod tests {
     }
 
     #[test]
+    fn a_transfer_may_end_inside_any_part() {
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..MAX_TRANSFER + 1000).map(|i| i as u8 | 1).collect();
+        let memory = Bytes::Memory(GuestRef::from_slice(&data));
+        let zeroes = Bytes::Zeroes(MAX_TRANSFER + 77);
+        let parts = [memory, zeroes, memory, memory, zeroes, memory];
+        write(file.as_fd(), parts.into_iter(), 3).unwrap();
+        let mut expected = Vec::new();
+        for part in parts {
+            match part {
+                Bytes::Memory(_) => expected.extend(&data),
+                Bytes::Zeroes(len) => expected.resize(expected.len() + len, 0),
+            }
+        }
+        let mut all = vec![0; expected.len()];
+        read(file.as_fd(), GuestMut::from_slice(&mut all), 3, 1).unwrap();
+        assert!(all == expected);
+    }
+
+    #[test]
     fn a_gathered_list_is_all_of_it() {
         let parts = [
             Bytes::Memory(GuestRef::from_slice(b"abc")),

@@ -82,7 +82,10 @@ impl Engine for Strict {
             Target::Guest(guest) => guest.is_aligned_for(memory, request),
             Target::Block(block) => block.guest_mut().is_aligned_for(memory, request),
         });
-        Blocking.read(storage, to, offset).await
+        let result = Blocking.read(storage, to, offset).await;
+        // Between reading a block and writing it back: others may come in.
+        std::thread::yield_now();
+        result
     }
 
     async fn write<'a>(
