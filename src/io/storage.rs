@@ -26,7 +26,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::lock::Mode;
 
 /// A file, device or the user's storage, opened. Dropping it unlocks and closes.
-#[derive(Debug)]
 pub struct Storage {
     backend: Backend,
     alignment: Alignment,
@@ -392,6 +391,14 @@ impl Storage {
             }
         };
         engine.truncate(self, length).await
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Storage");
+        out.field("name", &self.name).field("access", &self.access);
+        out.finish_non_exhaustive()
     }
 }
 
