@@ -1,0 +1,182 @@
+//! New images: what QEMU says of them, over the matrix of options, and what is
+//! refused before anything is written.
+
+mod support;
+
+use qcow2rs::{CreateOptions, ErrorKind, Format, Image, OpenOptions, Policy, Source};
+use support::{Scratch, qemu, qemu_img_check, qemu_ok, text};
+
+fn options(set: &[(&str, &str)]) -> CreateOptions {
+    let mut options = CreateOptions::default();
+    for (name, value) in set {
+        options.set(name, value).unwrap_or_else(|error| panic!("{name}={value}: {error}"));
+    }
+    options
+}
+
+/// `qemu-img info`, without what differs between any two files.
+fn info(path: &std::path::Path) -> serde_json::Value {
+    let json = qemu_ok("qemu-img", &["info", "-f", "qcow2", "--output=json", text(path)]);
+    let mut value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let members = value.as_object_mut().unwrap();
+    for name in ["filename", "actual-size", "children"] {
+        members.remove(name);
+    }
+    value
+}
+
+fn matrix() -> Vec<Vec<(&'static str, &'static str)>> {
+    let mut all = Vec::new();
+    for size in ["0", "512", "1000", "1M", "3G", "1T"] {
+        for cluster_size in ["512", "4k", "64k", "2M"] {
+            if size == "1T" && cluster_size == "512" {
+                continue;
+            }
+            all.push(vec![("size", size), ("cluster_size", cluster_size), ("compat", "0.10")]);
+            for refcount_bits in ["1", "8", "64"] {
+                let bits = ("refcount_bits", refcount_bits);
+                all.push(vec![("size", size), ("cluster_size", cluster_size), bits]);
+            }
+        }
+        for cluster_size in ["16k", "128k", "2M"] {
+            let extended = ("extended_l2", "on");
+            let lazy = ("lazy_refcounts", "on");
+            all.push(vec![("size", size), ("cluster_size", cluster_size), extended, lazy]);
+        }
+    }
+    all
+}
+
+#[test]
+fn qemu_sees_what_it_would_have_made_itself() {
+    let scratch = Scratch::new();
+    let (ours, theirs) = (scratch.path("ours.qcow2"), scratch.path("theirs.qcow2"));
+    for set in matrix() {
+        let open = OpenOptions::new();
+        qcow2rs::create_path(&ours, false, &options(&set), &open).unwrap();
+        let list: Vec<String> = set.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let list = list.join(",");
+        qemu_ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &list, text(&theirs)]);
+        assert_eq!(info(&ours), info(&theirs), "{list}");
+        qemu_img_check(&ours);
+        let length = |path| std::fs::metadata(path).unwrap().len();
+        let source = Source::path(&ours);
+        Image::open(source, &OpenOptions::new()).unwrap().close().unwrap();
+        // QEMU places large refcount tables elsewhere; small images are equal.
+        if length(&theirs) < 1 << 20 {
+            assert_eq!(length(&ours), length(&theirs), "{list}");
+        }
+    }
+}
+
+#[test]
+fn measure_agrees_with_qemu() {
+    for set in matrix() {
+        let (required, full) = qcow2rs::measure(&options(&set)).unwrap();
+        let (_, size) = set[0];
+        let list: Vec<String> =
+            set[1..].iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let list = list.join(",");
+        let json = qemu_ok(
+            "qemu-img",
+            &["measure", "--output=json", "-O", "qcow2", "-o", &list, "--size", size],
+        );
+        let theirs: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(theirs["required"], required, "{size} {list}");
+        assert_eq!(theirs["fully-allocated"], full, "{size} {list}");
+    }
+}
+
+#[test]
+fn what_qemu_refuses_is_refused_before_the_file_is_touched() {
+    let scratch = Scratch::new();
+    let path = scratch.path("old");
+    std::fs::write(&path, b"precious").unwrap();
+    let cases: &[&[(&str, &str)]] = &[
+        &[],
+        &[("size", "1M"), ("compat", "0.10"), ("extended_l2", "on")],
+        &[("size", "1M"), ("compat", "0.10"), ("lazy_refcounts", "on")],
+        &[("size", "1M"), ("compat", "0.10"), ("refcount_bits", "8")],
+        &[("size", "1M"), ("extended_l2", "on"), ("cluster_size", "8k")],
+        &[("size", "256G"), ("cluster_size", "512")],
+    ];
+    for set in cases {
+        let result = qcow2rs::create_path(&path, false, &options(set), &OpenOptions::new());
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::InvalidArgument, "{set:?}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        if !set.is_empty() {
+            let list: Vec<String> =
+                set.iter().map(|(name, value)| format!("{name}={value}")).collect();
+            let other = scratch.path("theirs");
+            let args = ["create", "-f", "qcow2", "-o", &list.join(","), text(&other)];
+            assert!(!qemu("qemu-img", &args).status.success(), "QEMU accepts {list:?}");
+        }
+    }
+    let exclusive =
+        qcow2rs::create_path(&path, true, &options(&[("size", "1M")]), &OpenOptions::new());
+    assert_eq!(exclusive.unwrap_err().kind(), ErrorKind::Exists);
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn the_policy_is_asked_before_anything_is_written() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top.qcow2");
+    let mut options = options(&[("size", "1M")]);
+    options.backing = Some((b"base.raw".to_vec(), Format::Raw));
+    let denied = qcow2rs::create_path_open(&path, true, &options, &OpenOptions::new());
+    assert_eq!(denied.err().unwrap().kind(), ErrorKind::Policy);
+    assert!(!path.exists());
+    // Without opening it nothing has to be allowed, nor does the file have to exist.
+    qcow2rs::create_path(&path, true, &options, &OpenOptions::new()).unwrap();
+    assert_eq!(info(&path)["backing-filename"], "base.raw");
+    assert_eq!(info(&path)["backing-filename-format"], "raw");
+}
+
+#[test]
+fn the_size_may_come_from_the_backing_file() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("base.raw"), vec![1; 70_000]).unwrap();
+    let path = scratch.path("top.qcow2");
+    let mut options = options(&[("extended_l2", "on"), ("cluster_size", "128k")]);
+    options.backing = Some((b"base.raw".to_vec(), Format::Raw));
+    let denied = qcow2rs::create_path(&path, true, &options, &OpenOptions::new());
+    assert_eq!(denied.unwrap_err().kind(), ErrorKind::Policy);
+    assert!(!path.exists());
+    let open = OpenOptions::new().policy(Policy::Paths);
+    let image = qcow2rs::create_path_open(&path, true, &options, &open).unwrap();
+    assert_eq!(image.size(), 70_144);
+    let mut data = vec![9; 70_144];
+    image.read_at(&mut data, 0).unwrap();
+    assert!(data[..70_000].iter().all(|byte| *byte == 1));
+    assert!(data[70_000..].iter().all(|byte| *byte == 0));
+    image.close().unwrap();
+}
+
+#[test]
+fn an_image_in_use_is_not_overwritten() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top.qcow2");
+    let set = options(&[("size", "1M")]);
+    let image = qcow2rs::create_path_open(&path, true, &set, &OpenOptions::new()).unwrap();
+    let again = qcow2rs::create_path(&path, false, &set, &OpenOptions::new());
+    assert_eq!(again.unwrap_err().kind(), ErrorKind::Locked);
+    image.write_at(&[1; 512], 0, Default::default()).unwrap();
+    image.close().unwrap();
+    qemu_img_check(&path);
+}
+
+#[test]
+fn what_was_there_before_does_not_show() {
+    let scratch = Scratch::new();
+    let path = scratch.path("top.qcow2");
+    std::fs::write(&path, vec![0xff; 5 << 20]).unwrap();
+    let set = options(&[("size", "64M"), ("cluster_size", "4k")]);
+    qcow2rs::create(Source::path(&path), &set, &OpenOptions::new()).unwrap();
+    qemu_img_check(&path);
+    assert_eq!(qcow2rs::probe(&Source::path(&path)).unwrap(), Format::Qcow2);
+    let image = Image::open(Source::path(&path), &OpenOptions::new()).unwrap();
+    let mut data = vec![9; 1 << 20];
+    image.read_at(&mut data, 0).unwrap();
+    assert!(data.iter().all(|byte| *byte == 0));
+}
