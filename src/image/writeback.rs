@@ -18,7 +18,7 @@ use super::qcow2::{L1Table, Qcow2, Writing};
 use crate::alloc::allocator::Allocation;
 use crate::alloc::limbo::{Freed, Limbo};
 use crate::alloc::overlap::Metadata;
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::io::engine::{Engine, Piece};
 use crate::metadata::cache::WriteBack;
 use crate::sys::memory::Block;
@@ -174,7 +174,8 @@ impl Qcow2 {
             self.flush(engine).await?;
         }
         match allocator.allocate(engine, &self.storage, want).await {
-            Err(error) if error.kind() == ErrorKind::NoSpace && allocator.limbo.clusters() > 0 => {
+            // By errno: callbacks report a full storage in their own kind.
+            Err(error) if error.errno() == libc::ENOSPC && allocator.limbo.clusters() > 0 => {
                 self.flush(engine).await?;
                 allocator.allocate(engine, &self.storage, want).await
             }
