@@ -57,3 +57,6 @@ pub use status::*;
 
 mod create;
 pub use create::*;
+
+#[cfg(test)]
+pub(crate) mod panic_tests;

@@ -36,7 +36,11 @@ pub fn resolve(
         Policy::Paths => (Source::path(path(reference, directory)?), stored),
         Policy::Resolve(resolver) => {
             let (source, format) = resolver.resolve(reference, stored).map_err(|error| {
-                let kind = ErrorKind::Backing(error.errno());
+                // A refusal is one, whoever decides.
+                let kind = match error.kind() {
+                    ErrorKind::Policy => ErrorKind::Policy,
+                    _ => ErrorKind::Backing(error.errno()),
+                };
                 error.wrap_as(kind, format!("{referrer}: resolving {name:?}"))
             })?;
             return match format {
