@@ -1,0 +1,295 @@
+//! A strict checker of images, for tests: all that `qemu-img check` complains
+//! about, and what it lets pass though no driver in its senses would write it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use super::layout::*;
+
+#[derive(Default, Debug)]
+pub struct Report {
+    /// One line for each thing that is wrong.
+    pub corruptions: Vec<String>,
+    /// What is wrong only to a strict eye: `qemu-img check` lets it pass.
+    pub strict: Vec<String>,
+    /// Clusters with a refcount above the number of their references.
+    pub leaks: Vec<u64>,
+    /// Those among them that `qemu-img check` sees: inside the file.
+    pub leaks_inside: usize,
+    /// Refcounts may lag behind.
+    pub dirty: bool,
+}
+
+impl Report {
+    /// Everything that is wrong, but for leaks.
+    pub fn faults(&self) -> Vec<String> {
+        self.corruptions.iter().chain(&self.strict).cloned().collect()
+    }
+}
+
+/// Who refers to a cluster.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Owner {
+    /// A structure that nothing else may share.
+    Structure(String),
+    /// An L2 table, by the part of the disk it maps.
+    L2(u64),
+    /// A cluster of the guest's.
+    Data(u64),
+    /// A part of it holds a compressed cluster of the guest's.
+    Compressed(u64),
+}
+
+struct Check<'a> {
+    file: &'a dyn ReadAt,
+    header: Header,
+    refcounts: Refcounts,
+    owners: BTreeMap<u64, Vec<Owner>>,
+    report: Report,
+}
+
+/// Checks an image.
+pub fn check(file: &dyn ReadAt) -> Report {
+    let header = match Header::read(file) {
+        Ok(header) => header,
+        Err(what) => return Report { corruptions: vec![what], ..Report::default() },
+    };
+    let mut report = Report { dirty: header.incompatible & DIRTY != 0, ..Report::default() };
+    if header.incompatible & CORRUPT != 0 {
+        report.strict.push("the corrupt bit is set".to_owned());
+    }
+    let refcounts = header.read_refcounts(file);
+    let mut check = Check { file, header, refcounts, owners: BTreeMap::new(), report };
+    check.structures();
+    check.tree("active", check.header.l1, true);
+    let (snapshots, _) = check.header.read_snapshots(file);
+    for (index, l1) in snapshots.into_iter().enumerate() {
+        check.tree(&format!("snapshot {index}"), l1, false);
+    }
+    check.bitmaps();
+    check.compare();
+    check.sharing();
+    check.report
+}
+
+impl Check<'_> {
+    fn corrupt(&mut self, what: String) {
+        self.report.corruptions.push(what);
+    }
+
+    fn strict(&mut self, what: String) {
+        self.report.strict.push(what);
+    }
+
+    /// Notes references to the clusters of a range of bytes. As QEMU has it, a
+    /// range may reach past the end of the file by less than a cluster.
+    fn own(&mut self, owner: Owner, bytes: Range<u64>) {
+        let cluster = self.header.cluster;
+        if bytes.is_empty() {
+            return;
+        }
+        if bytes.end > self.file.length() && bytes.end - self.file.length() >= cluster {
+            self.corrupt(format!("{owner:?} at {:#x} is past the end of the file", bytes.start));
+            return;
+        }
+        for index in bytes.start / cluster..bytes.end.div_ceil(cluster) {
+            self.owners.entry(index).or_default().push(owner.clone());
+        }
+    }
+
+    fn structure(&mut self, name: impl Into<String>, offset: u64, len: u64) {
+        let name = name.into();
+        if offset % self.header.cluster != 0 || (offset == 0 && len > 0) {
+            self.corrupt(format!("{name} is at {offset:#x}"));
+        } else {
+            self.own(Owner::Structure(name), offset..offset + len);
+        }
+    }
+
+    /// Header, tables of fixed place, refcount blocks.
+    fn structures(&mut self) {
+        let header = self.header.clone();
+        let cluster = header.cluster;
+        self.own(Owner::Structure("header".to_owned()), 0..cluster);
+        self.structure("active L1 table", header.l1.offset, header.l1.entries * 8);
+        self.structure("refcount table", header.reftable.offset, header.reftable.entries * 8);
+        let (snapshots, bytes) = header.read_snapshots(self.file);
+        self.structure("snapshot table", header.snapshots.offset, bytes);
+        for (index, l1) in snapshots.into_iter().enumerate() {
+            self.structure(format!("L1 table of snapshot {index}"), l1.offset, l1.entries * 8);
+        }
+        for (index, entry) in header.read_table(self.file, header.reftable).into_iter().enumerate()
+        {
+            let offset = bits(entry, 9..64);
+            if bits(entry, 0..9) != 0 {
+                self.corrupt(format!("refcount table entry {index} is {entry:#x}"));
+            } else if offset != 0 {
+                self.structure(format!("refcount block {index}"), offset, cluster);
+            }
+        }
+        if let Some(luks) = header.extension(LUKS) {
+            self.structure("LUKS header", be64(luks, 0), be64(luks, 8));
+        }
+    }
+
+    /// An L1 table and all that hangs on it.
+    fn tree(&mut self, name: &str, l1: Table, active: bool) {
+        let cluster = self.header.cluster;
+        let covers = self.header.l2_entries() * cluster;
+        for (index, entry) in self.header.read_table(self.file, l1).into_iter().enumerate() {
+            let guest = index as u64 * covers;
+            let offset = bits(entry, 9..56);
+            let copied = entry >> 63 == 1;
+            let at = format!("{name} L1 entry {index} is {entry:#x}");
+            if bits(entry, 0..9) | bits(entry, 56..63) != 0 {
+                self.corrupt(format!("{at}: reserved bits"));
+            }
+            if offset == 0 {
+                if copied {
+                    self.strict(format!("{at}: COPIED without a table"));
+                }
+                continue;
+            }
+            if offset % cluster != 0 {
+                self.corrupt(format!("{at}: unaligned"));
+                continue;
+            }
+            self.own(Owner::L2(guest), offset..offset + cluster);
+            if active && copied != (self.refcounts.get(offset / cluster) == 1) {
+                self.copied(format!("{at}: refcount {}", self.refcounts.get(offset / cluster)));
+            }
+            let table = self.file.bytes(offset, cluster);
+            for index in 0..self.header.l2_entries() {
+                let entry = self.header.l2_entry(&table, index);
+                let guest = guest + index * cluster;
+                self.entry(&format!("{name} L2 entry of {guest:#x}"), entry, guest, active);
+            }
+        }
+    }
+
+    /// The COPIED flag is wrong. While refcounts lag, it says nothing.
+    fn copied(&mut self, what: String) {
+        if !self.report.dirty {
+            self.corrupt(format!("{what}: COPIED is wrong"));
+        }
+    }
+
+    fn entry(&mut self, name: &str, entry: Entry, guest: u64, active: bool) {
+        let cluster = self.header.cluster;
+        let at = match entry.bitmap {
+            Some(bitmap) => format!("{name}, {:#x} {bitmap:#x}", entry.word),
+            None => format!("{name}, {:#x}", entry.word),
+        };
+        if entry.reserved != 0 {
+            self.corrupt(format!("{at}: reserved bits"));
+        }
+        if entry.bitmap.is_some() && !matches!(entry.kind, Kind::Compressed(_)) {
+            if entry.word & 1 == 1 {
+                self.strict(format!("{at}: the zero flag is not for extended entries"));
+            }
+            if entry.allocated() & entry.zero() != 0 {
+                self.strict(format!("{at}: subclusters both allocated and zero"));
+            }
+        }
+        match entry.kind.clone() {
+            Kind::Unallocated => {
+                if entry.copied {
+                    self.strict(format!("{at}: COPIED without a cluster"));
+                }
+                if entry.allocated() != 0 {
+                    self.strict(format!("{at}: subclusters of no cluster are allocated"));
+                }
+            }
+            Kind::Normal(offset) if self.header.data_file() => {
+                if offset != guest || !entry.copied {
+                    self.strict(format!("{at}: not the mapping of a data file"));
+                }
+            }
+            Kind::Normal(offset) if offset % cluster != 0 => {
+                self.corrupt(format!("{at}: unaligned"));
+            }
+            Kind::Normal(offset) => {
+                let faults = self.report.corruptions.len();
+                self.own(Owner::Data(guest), offset..offset + cluster);
+                let inside = faults == self.report.corruptions.len();
+                let refcount = self.refcounts.get(offset / cluster);
+                if active && inside && entry.copied != (refcount == 1) {
+                    self.copied(format!("{at}: refcount {refcount}"));
+                }
+            }
+            Kind::Compressed(bytes) => {
+                if entry.copied {
+                    self.corrupt(format!("{at}: COPIED and compressed"));
+                }
+                if entry.bitmap.is_some_and(|bitmap| bitmap != 0) {
+                    self.corrupt(format!("{at}: compressed with a bitmap"));
+                    return;
+                }
+                if self.header.data_file() {
+                    self.corrupt(format!("{at}: compressed in a data file"));
+                    return;
+                }
+                self.own(Owner::Compressed(guest), bytes);
+            }
+        }
+    }
+
+    fn bitmaps(&mut self) {
+        let Some(extension) = self.header.extension(BITMAPS) else { return };
+        if self.header.autoclear & 1 == 0 {
+            return;
+        }
+        let cluster = self.header.cluster;
+        let (count, len, offset) =
+            (be32(extension, 0), be64(extension, 8), be64(extension, 16));
+        self.structure("bitmap directory", offset, len);
+        let directory = self.file.bytes(offset, len);
+        let mut at = 0;
+        for index in 0..count {
+            let entry = &directory[at..];
+            let table = Table { offset: be64(entry, 0), entries: be32(entry, 8) };
+            self.structure(format!("table of bitmap {index}"), table.offset, table.entries * 8);
+            for (part, word) in self.header.read_table(self.file, table).into_iter().enumerate() {
+                let offset = bits(word, 9..56);
+                if word & !(1 | offset) != 0 || (word & 1 == 1 && offset != 0) {
+                    self.corrupt(format!("part {part} of bitmap {index} is {word:#x}"));
+                } else if offset != 0 {
+                    self.structure(format!("part {part} of bitmap {index}"), offset, cluster);
+                }
+            }
+            at += (24 + be16(entry, 18) + be32(entry, 20)).next_multiple_of(8) as usize;
+        }
+    }
+
+    /// Refcounts against references.
+    fn compare(&mut self) {
+        let inside = self.file.length().div_ceil(self.header.cluster);
+        let owners = std::mem::take(&mut self.owners);
+        for (cluster, owners) in &owners {
+            let (refcount, references) = (self.refcounts.get(*cluster), owners.len() as u64);
+            if refcount < references && !self.report.dirty {
+                self.corrupt(format!("cluster {cluster:#x}: refcount {refcount}, {owners:?}"));
+            }
+        }
+        for (cluster, refcount) in self.refcounts.in_use() {
+            if refcount > owners.get(&cluster).map_or(0, |owners| owners.len() as u64) {
+                self.report.leaks.push(cluster);
+                self.report.leaks_inside += usize::from(cluster < inside);
+            }
+        }
+        self.owners = owners;
+    }
+
+    /// A cluster may have several owners only where snapshots see the same
+    /// thing, or where compressed clusters lie side by side.
+    fn sharing(&mut self) {
+        for (cluster, mut owners) in std::mem::take(&mut self.owners) {
+            owners.sort();
+            owners.dedup();
+            let compressed = owners.iter().all(|owner| matches!(owner, Owner::Compressed(_)));
+            if owners.len() > 1 && !compressed {
+                self.strict(format!("cluster {cluster:#x} belongs to {owners:?}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Running QEMU's tools.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// What `qemu-img check` says of an image.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verdict {
+    pub corruptions: usize,
+    pub leaks: usize,
+    /// Things that kept it from checking.
+    pub errors: usize,
+}
+
+impl Verdict {
+    pub const CLEAN: Verdict = Verdict { corruptions: 0, leaks: 0, errors: 0 };
+}
+
+/// Runs a tool with arguments that contain no blanks; it must succeed.
+pub fn run(dir: &Path, command: &str) -> String {
+    let mut words = command.split_whitespace();
+    let tool = words.next().unwrap();
+    let output = Command::new(tool).args(words).current_dir(dir).output().expect(tool);
+    succeeded(command, output)
+}
+
+/// Runs commands on an image with qemu-io, each with its blanks.
+pub fn io(dir: &Path, image: &str, commands: &[&str]) -> String {
+    let mut io = Command::new("qemu-io");
+    io.current_dir(dir).args(["-f", "qcow2", "-t", "writeback"]);
+    for command in commands {
+        io.args(["-c", command]);
+    }
+    let output = io.arg(image).output().expect("qemu-io");
+    let text = succeeded(&format!("qemu-io {commands:?} {image}"), output);
+    assert!(!text.contains("failed"), "{text}");
+    text
+}
+
+fn succeeded(command: &str, output: Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {text}{errors}");
+    text
+}
+
+/// Has `qemu-img check` look at an image; also what it said.
+pub fn check(path: &Path) -> (Verdict, String) {
+    let mut check = Command::new("qemu-img");
+    check.args(["check", "--output=json", "-f", "qcow2"]).arg(path);
+    let output = check.output().expect("qemu-img");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let said = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    let number = |key: &str| -> usize {
+        let Some(at) = text.find(&format!("\"{key}\": ")) else { return 0 };
+        let digits = text[at + key.len() + 4..].split(|c: char| !c.is_ascii_digit()).next();
+        digits.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+    };
+    let verdict = Verdict {
+        corruptions: number("corruptions"),
+        leaks: number("leaks"),
+        errors: number("check-errors"),
+    };
+    assert!(matches!(output.status.code(), Some(0 | 2 | 3)), "qemu-img check: {said}");
+    (verdict, said)
+}
+
+/// Whether QEMU's tools are there. They must be where QCOW2RS_NEED_QEMU is set.
+pub fn available() -> bool {
+    let found = Command::new("qemu-img").arg("--version").output().is_ok()
+        && Command::new("qemu-io").arg("--version").output().is_ok();
+    assert!(found || std::env::var_os("QCOW2RS_NEED_QEMU").is_none(), "QEMU's tools are missing");
+    found
+}
+
+/// A file in a directory.
+pub fn in_dir(dir: &Path, name: &str) -> PathBuf {
+    dir.join(name)
+}
