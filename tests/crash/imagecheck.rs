@@ -188,7 +188,7 @@ impl Check<'_> {
                 self.strict(format!("{at}: the zero flag is not for extended entries"));
             }
             if entry.allocated() & entry.zero() != 0 {
-                self.strict(format!("{at}: subclusters both allocated and zero"));
+                self.corrupt(format!("{at}: subclusters both allocated and zero"));
             }
         }
         match entry.kind.clone() {
@@ -197,7 +197,7 @@ impl Check<'_> {
                     self.strict(format!("{at}: COPIED without a cluster"));
                 }
                 if entry.allocated() != 0 {
-                    self.strict(format!("{at}: subclusters of no cluster are allocated"));
+                    self.corrupt(format!("{at}: subclusters of no cluster are allocated"));
                 }
             }
             Kind::Normal(offset) if self.header.data_file() => {
@@ -205,15 +205,13 @@ impl Check<'_> {
                     self.strict(format!("{at}: not the mapping of a data file"));
                 }
             }
-            Kind::Normal(offset) if offset % cluster != 0 => {
-                self.corrupt(format!("{at}: unaligned"));
-            }
             Kind::Normal(offset) => {
-                let faults = self.report.corruptions.len();
+                if offset % cluster != 0 {
+                    self.corrupt(format!("{at}: unaligned"));
+                }
                 self.own(Owner::Data(guest), offset..offset + cluster);
-                let inside = faults == self.report.corruptions.len();
                 let refcount = self.refcounts.get(offset / cluster);
-                if active && inside && entry.copied != (refcount == 1) {
+                if active && entry.copied != (refcount == 1) {
                     self.copied(format!("{at}: refcount {refcount}"));
                 }
             }
@@ -240,8 +238,7 @@ impl Check<'_> {
             return;
         }
         let cluster = self.header.cluster;
-        let (count, len, offset) =
-            (be32(extension, 0), be64(extension, 8), be64(extension, 16));
+        let (count, len, offset) = (be32(extension, 0), be64(extension, 8), be64(extension, 16));
         self.structure("bitmap directory", offset, len);
         let directory = self.file.bytes(offset, len);
         let mut at = 0;

@@ -11,11 +11,8 @@ use super::qemu::{self, Verdict, run};
 fn agree(path: &Path, what: &str) -> Report {
     let report = check(&fs::read(path).unwrap());
     let (verdict, said) = qemu::check(path);
-    let ours = Verdict {
-        corruptions: report.corruptions.len(),
-        leaks: report.leaks_inside,
-        errors: 0,
-    };
+    let ours =
+        Verdict { corruptions: report.corruptions.len(), leaks: report.leaks_inside, errors: 0 };
     assert_eq!(ours, verdict, "{what}: {report:#?}\n{said}");
     report
 }
@@ -62,14 +59,18 @@ fn sound_images_are_sound() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("i");
     for kind in KINDS {
-        run(dir.path(), &format!("qemu-img create -q -f qcow2 -o {kind} i 2M"));
+        run(dir.path(), &format!("qemu-img create -q -f qcow2 -o {kind} i 8M"));
         sound(&path, kind);
-        let unzeroed: Vec<_> = SOME_WRITES.to_vec();
-        qemu::io(dir.path(), "i", &unzeroed);
+        qemu::io(dir.path(), "i", SOME_WRITES);
         sound(&path, kind);
-        qemu::io(dir.path(), "i", &["write -c -P 5 1M 128k", "write -c -P 6 1408k 128k"]);
-        sound(&path, kind);
-        if !kind.contains("refcount_bits=1") {
+        // Narrow refcounts have no room for both compressed clusters, of which
+        // many share a host cluster, and snapshots.
+        let narrow = ["=2", "=4", "=8"].iter().any(|bits| kind.ends_with(bits));
+        if !narrow {
+            qemu::io(dir.path(), "i", &["write -c -P 5 2M 2M", "write -c -P 6 6M 2M"]);
+            sound(&path, kind);
+        }
+        if !kind.ends_with("refcount_bits=1") {
             run(dir.path(), "qemu-img snapshot -c one i");
             sound(&path, kind);
             qemu::io(dir.path(), "i", &["write -P 7 20k 70k", "write -P 8 1M 100k"]);
@@ -82,7 +83,7 @@ fn sound_images_are_sound() {
 }
 
 #[test]
-fn bitmaps_backing_files_and_encryption_are_sound() {
+fn bitmaps_and_other_files_are_sound() {
     if !qemu::available() {
         return;
     }
@@ -98,13 +99,11 @@ fn bitmaps_backing_files_and_encryption_are_sound() {
     }
     qemu::io(dir.path(), "i", &["write -P 2 100k 4k", "write 1M 4k"]);
     sound(&path, "bitmaps");
-    run(dir.path(), "qemu-img create -q -f qcow2 -o data_file=d,data_file_raw=on i 2M");
+    let data = dir.path().join("d");
+    let options = format!("data_file={},data_file_raw=on", data.display());
+    run(dir.path(), &format!("qemu-img create -q -f qcow2 -o {options} i 2M"));
     qemu::io(dir.path(), "i", &["write -P 2 10k 400k"]);
     sound(&path, "data file");
-    let create = "qemu-img create -q -f qcow2 --object secret,id=s,data=x -o \
-                  encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 i 2M";
-    run(dir.path(), create);
-    sound(&path, "LUKS");
 }
 
 /// Changes one image in many ways, each of which must be seen alike.

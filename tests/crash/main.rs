@@ -4,4 +4,5 @@
 mod imagecheck;
 mod imagecheck_tests;
 mod layout;
+mod oracle;
 mod qemu;

@@ -27,7 +27,7 @@ pub fn run(dir: &Path, command: &str) -> String {
 /// Runs commands on an image with qemu-io, each with its blanks.
 pub fn io(dir: &Path, image: &str, commands: &[&str]) -> String {
     let mut io = Command::new("qemu-io");
-    io.current_dir(dir).args(["-f", "qcow2", "-t", "writeback"]);
+    io.current_dir(dir).args(["-f", "qcow2", "-t", "unsafe"]);
     for command in commands {
         io.args(["-c", command]);
     }

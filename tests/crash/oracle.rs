@@ -1,0 +1,313 @@
+//! What a guest may find on its disk: for each sector of 512 bytes, the values
+//! that it may hold now, and those that it may hold after a crash.
+//!
+//! Every write fills its sectors with a word of its own, so that what is read
+//! says which write it is from, for which sector, and whether it is torn.
+
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+pub const SECTOR: u64 = 512;
+
+/// What a sector is filled with; 0 is zeroes.
+pub type Word = u64;
+
+/// The word that write number `tag` puts into a sector.
+pub fn word(tag: u32, sector: u64) -> Word {
+    u64::from(tag) << 32 | sector
+}
+
+/// The bytes of sectors filled with these words.
+pub fn fill(words: impl Iterator<Item = Word>) -> Vec<u8> {
+    words.flat_map(|word| word.to_ne_bytes().repeat(64)).collect()
+}
+
+/// The word that a sector is filled with.
+fn decode(bytes: &[u8]) -> Result<Word, String> {
+    let word = Word::from_ne_bytes(bytes[..8].try_into().unwrap());
+    match bytes.chunks_exact(8).position(|other| other != word.to_ne_bytes()) {
+        None => Ok(word),
+        Some(at) => {
+            let other = Word::from_ne_bytes(bytes[at * 8..at * 8 + 8].try_into().unwrap());
+            Err(format!("torn: {} and, from byte {} on, {}", name(word), at * 8, name(other)))
+        }
+    }
+}
+
+fn name(word: Word) -> String {
+    match word {
+        0 => "zeroes".to_owned(),
+        _ => format!("write {} of sector {:#x}", word >> 32, word & 0xffff_ffff),
+    }
+}
+
+/// What a change does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    Write,
+    Zero,
+    /// Zero or nothing.
+    Discard,
+}
+
+/// A change under way.
+#[derive(Clone, Debug)]
+pub struct Ticket {
+    pub tag: u32,
+    pub sectors: Range<u64>,
+}
+
+impl Ticket {
+    /// What the write writes.
+    pub fn data(&self) -> Vec<u8> {
+        fill(self.sectors.clone().map(|sector| word(self.tag, sector)))
+    }
+
+    pub fn offset(&self) -> u64 {
+        self.sectors.start * SECTOR
+    }
+
+    pub fn len(&self) -> u64 {
+        (self.sectors.end - self.sectors.start) * SECTOR
+    }
+}
+
+/// A change of one sector. Times are numbers of calls of the oracle.
+#[derive(Clone, Debug)]
+struct Event {
+    tag: u32,
+    value: Word,
+    issued: u64,
+    ended: Option<u64>,
+    /// It surely happened: it succeeded, and was no mere hint.
+    sure: bool,
+    /// A flush has covered it.
+    durable: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Oracle {
+    sectors: Vec<Vec<Event>>,
+    /// Sectors with more than one event.
+    open: BTreeSet<u64>,
+    clock: u64,
+    next_tag: u32,
+    reads: Cell<u32>,
+}
+
+impl Oracle {
+    /// A disk whose sectors hold these words.
+    pub fn new(words: impl IntoIterator<Item = Word>) -> Oracle {
+        let event =
+            |value| Event { tag: 0, value, issued: 0, ended: Some(1), sure: true, durable: true };
+        let sectors = words.into_iter().map(|value| vec![event(value)]).collect();
+        Oracle { sectors, open: BTreeSet::new(), clock: 1, next_tag: 1, reads: Cell::new(0) }
+    }
+
+    /// The disk after a crash that was found to hold these words. Tags go on, so
+    /// that nothing old can pass for something new.
+    pub fn recovered(&self, words: Vec<Word>) -> Oracle {
+        Oracle { next_tag: self.next_tag, ..Oracle::new(words) }
+    }
+
+    pub fn size(&self) -> u64 {
+        self.sectors.len() as u64 * SECTOR
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// A change is about to be asked for.
+    pub fn begin(&mut self, change: Change, sectors: Range<u64>) -> Ticket {
+        let (issued, tag) = (self.tick(), self.next_tag);
+        self.next_tag += 1;
+        for sector in sectors.clone() {
+            let value = if change == Change::Write { word(tag, sector) } else { 0 };
+            let sure = change != Change::Discard;
+            let event = Event { tag, value, issued, ended: None, sure, durable: false };
+            self.sectors[sector as usize].push(event);
+            self.open.insert(sector);
+        }
+        Ticket { tag, sectors }
+    }
+
+    /// A change is through: with success, and durably, or not.
+    pub fn end(&mut self, ticket: &Ticket, success: bool, durable: bool) {
+        let now = self.tick();
+        for sector in ticket.sectors.clone() {
+            let events = &mut self.sectors[sector as usize];
+            if let Some(event) = events.iter_mut().find(|event| event.tag == ticket.tag) {
+                event.ended = Some(now);
+                event.sure &= success;
+                event.durable = success && durable;
+            }
+            self.prune(sector);
+        }
+    }
+
+    /// A flush is about to be asked for.
+    pub fn begin_flush(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// A flush that was asked for at `begun` succeeded.
+    pub fn end_flush(&mut self, begun: u64) {
+        self.tick();
+        for sector in self.open.clone() {
+            for event in &mut self.sectors[sector as usize] {
+                event.durable |= event.ended.is_some_and(|ended| ended <= begun);
+            }
+            self.prune(sector);
+        }
+    }
+
+    /// A read is about to be asked for.
+    pub fn begin_read(&mut self) -> u64 {
+        self.reads.set(self.reads.get() + 1);
+        self.tick()
+    }
+
+    /// A read that was asked for at `begun` is through, and found this.
+    pub fn end_read(&mut self, begun: u64, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        self.reads.set(self.reads.get() - 1);
+        for (sector, bytes) in (offset / SECTOR..).zip(bytes.chunks_exact(SECTOR as usize)) {
+            let overwrites = |event: &Event| event.ended.is_some_and(|ended| ended <= begun);
+            self.judge(sector, bytes, overwrites)?;
+        }
+        Ok(())
+    }
+
+    /// A read did not come to an end.
+    pub fn give_up_read(&mut self) {
+        self.reads.set(self.reads.get() - 1);
+    }
+
+    /// Whether the disk may hold this after a crash; which words it is.
+    pub fn after_crash(&self, bytes: &[u8]) -> Result<Vec<Word>, String> {
+        let sectors = (0..).zip(bytes.chunks_exact(SECTOR as usize));
+        sectors.map(|(sector, bytes)| self.judge(sector, bytes, |event| event.durable)).collect()
+    }
+
+    /// Whether the sector may hold this, where events that `overwrites` says so
+    /// of have surely replaced what had ended before they began.
+    fn judge(
+        &self,
+        sector: u64,
+        bytes: &[u8],
+        overwrites: impl Fn(&Event) -> bool,
+    ) -> Result<Word, String> {
+        let events = &self.sectors[sector as usize];
+        let over = events.iter().filter(|event| event.sure && overwrites(event));
+        let bar = over.map(|event| event.issued).max().unwrap_or(0);
+        let possible = events.iter().filter(|event| event.ended.is_none_or(|ended| ended > bar));
+        let words: Vec<Word> = possible.map(|event| event.value).collect();
+        let found = decode(bytes);
+        match found {
+            Ok(word) if words.contains(&word) => Ok(word),
+            _ => {
+                let found = found.map_or_else(|torn| torn, name);
+                let may: Vec<String> = words.into_iter().map(name).collect();
+                Err(format!("sector {sector:#x} holds {found}; may hold: {}", may.join(", ")))
+            }
+        }
+    }
+
+    /// Forgets what no check will ever allow again.
+    fn prune(&mut self, sector: u64) {
+        if self.reads.get() > 0 {
+            return;
+        }
+        let events = &mut self.sectors[sector as usize];
+        let over = events.iter().filter(|event| event.sure && event.durable);
+        let bar = over.map(|event| event.issued).max().unwrap_or(0);
+        events.retain(|event| event.ended.is_none_or(|ended| ended > bar));
+        if events.len() == 1 {
+            self.open.remove(&sector);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn holds(oracle: &Oracle, word: Word) -> bool {
+        oracle.after_crash(&fill([word].into_iter())).is_ok()
+    }
+
+    fn reads(oracle: &mut Oracle, begun: u64, word: Word) -> bool {
+        oracle.end_read(begun, 0, &fill([word].into_iter())).is_ok()
+    }
+
+    #[test]
+    fn only_what_a_flush_covered_is_certain() {
+        let mut oracle = Oracle::new([7]);
+        let first = oracle.begin(Change::Write, 0..1);
+        assert!(holds(&oracle, 7) && holds(&oracle, word(1, 0)));
+        let early = oracle.begin_flush();
+        oracle.end(&first, true, false);
+        oracle.end_flush(early);
+        assert!(holds(&oracle, 7), "the flush began before the write ended");
+        let late = oracle.begin_flush();
+        let second = oracle.begin(Change::Zero, 0..1);
+        oracle.end_flush(late);
+        assert!(!holds(&oracle, 7) && holds(&oracle, word(1, 0)) && holds(&oracle, 0));
+        oracle.end(&second, true, true);
+        assert!(!holds(&oracle, word(1, 0)) && holds(&oracle, 0));
+    }
+
+    #[test]
+    fn failures_and_hints_leave_both_ways_open() {
+        for (change, success) in [(Change::Write, false), (Change::Discard, true)] {
+            let mut oracle = Oracle::new([7]);
+            let ticket = oracle.begin(change, 0..1);
+            oracle.end(&ticket, success, true);
+            let flush = oracle.begin_flush();
+            oracle.end_flush(flush);
+            let new = if change == Change::Write { word(1, 0) } else { 0 };
+            assert!(holds(&oracle, 7) && holds(&oracle, new) && !holds(&oracle, 8));
+            let read = oracle.begin_read();
+            assert!(reads(&mut oracle, read, 7));
+        }
+    }
+
+    #[test]
+    fn writes_that_overlap_in_time_end_in_any_order() {
+        let mut oracle = Oracle::new([7]);
+        let (a, b) = (oracle.begin(Change::Write, 0..1), oracle.begin(Change::Write, 0..1));
+        oracle.end(&b, true, true);
+        oracle.end(&a, true, true);
+        assert!(holds(&oracle, word(1, 0)) && holds(&oracle, word(2, 0)) && !holds(&oracle, 7));
+    }
+
+    #[test]
+    fn a_read_sees_what_was_there_while_it_ran() {
+        let mut oracle = Oracle::new([7]);
+        let slow = oracle.begin_read();
+        let write = oracle.begin(Change::Write, 0..1);
+        oracle.end(&write, true, true);
+        let flush = oracle.begin_flush();
+        oracle.end_flush(flush);
+        let quick = oracle.begin_read();
+        assert!(!reads(&mut oracle, quick, 7));
+        let quick = oracle.begin_read();
+        assert!(reads(&mut oracle, quick, word(1, 0)));
+        assert!(reads(&mut oracle, slow, 7));
+    }
+
+    #[test]
+    fn torn_and_foreign_sectors_are_seen() {
+        let mut oracle = Oracle::new([0, 0]);
+        let ticket = oracle.begin(Change::Write, 0..2);
+        let mut bytes = ticket.data();
+        assert!(oracle.after_crash(&bytes).is_ok());
+        bytes[300] ^= 1;
+        assert!(oracle.after_crash(&bytes).unwrap_err().contains("torn"));
+        bytes[300] ^= 1;
+        bytes.rotate_left(512);
+        assert!(oracle.after_crash(&bytes).unwrap_err().contains("write 1 of sector 0x1"));
+    }
+}
