@@ -11,7 +11,7 @@ pub use super::status::Extent;
 pub use super::zero::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::blocking::Blocking;
-use crate::io::engine::{Piece, Target};
+use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::{Source, Storage};
 use crate::io::wait::block_on;
 use crate::shard::Sharded;
@@ -271,7 +271,7 @@ impl Image {
 
 impl Disk {
     /// See `Qcow2::settle`; a raw image is synced.
-    async fn settle(&self, engine: &Blocking) -> Result<()> {
+    pub async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
         match self.layers.first() {
             Some(Layer::Qcow2(image)) => match image.settle(engine).await {
                 Ok(()) => Ok(()),

@@ -19,3 +19,7 @@ pub mod status;
 mod write;
 mod writeback;
 pub mod zero;
+
+/// For tests on simulated disks, which need the engine to be theirs.
+#[cfg(feature = "sim")]
+pub use disk::Disk;

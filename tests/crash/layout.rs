@@ -308,3 +308,54 @@ impl Refcounts {
         clusters.map(|cluster| (cluster, self.get(cluster))).filter(|(_, count)| *count > 0)
     }
 }
+
+/// All of the virtual disk, over a raw backing file or none.
+pub fn read_guest(file: &dyn ReadAt, header: &Header, base: Option<&dyn ReadAt>) -> Vec<u8> {
+    let cluster = header.cluster as usize;
+    let mut disk = vec![0; header.size as usize];
+    if let Some(base) = base {
+        base.read_at(0, &mut disk);
+    }
+    let l1 = header.read_table(file, header.l1);
+    let covers = header.l2_entries() as usize * cluster;
+    for (part, l1_entry) in disk.chunks_mut(covers).zip(l1) {
+        let table = bits(l1_entry, OFFSET);
+        if table == 0 {
+            continue;
+        }
+        let table = file.bytes(table, header.cluster);
+        for (index, out) in (0..).zip(part.chunks_mut(cluster)) {
+            read_cluster(file, header, header.l2_entry(&table, index), out);
+        }
+    }
+    disk
+}
+
+fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]) {
+    let host = match &entry.kind {
+        Kind::Compressed(range) => {
+            let packed = file.bytes(range.start, range.end - range.start);
+            let mut whole = vec![0; header.cluster as usize];
+            let mut inflate = flate2::Decompress::new(false);
+            let done = inflate.decompress(&packed, &mut whole, flate2::FlushDecompress::Finish);
+            assert!(done.is_ok() && inflate.total_out() == header.cluster, "cannot be inflated");
+            out.copy_from_slice(&whole[..out.len()]);
+            return;
+        }
+        Kind::Normal(host) => *host,
+        Kind::Unallocated => 0,
+    };
+    let (alloc, zero) = match entry.bitmap {
+        Some(_) => (entry.allocated(), entry.zero()),
+        None if entry.zero_flag() => (0, u32::MAX),
+        None => (if host == 0 { 0 } else { u32::MAX }, 0),
+    };
+    let size = header.cluster as usize / 32;
+    for (index, part) in out.chunks_mut(size).enumerate() {
+        if alloc >> index & 1 == 1 {
+            file.read_at(host + (index * size) as u64, part);
+        } else if zero >> index & 1 == 1 {
+            part.fill(0);
+        }
+    }
+}

@@ -1,8 +1,11 @@
 //! What is left after a crash: random and chosen operations on simulated disks,
 //! crashes at any moment, and a strict look at what is found afterwards.
 
+mod builder;
 mod imagecheck;
 mod imagecheck_tests;
 mod layout;
 mod oracle;
 mod qemu;
+mod random;
+mod scenario;

@@ -31,6 +31,7 @@ pub use self::file::{Counters, FileOptions, SimFile};
 pub use self::journal::OpKind;
 pub use self::pattern::{Fault, Pattern, Stage};
 pub use self::rng::Rng;
+pub use crate::sys::memory::{GuestMut, GuestRef};
 
 use self::journal::Event;
 use self::world::{HoldState, World};

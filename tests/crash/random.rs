@@ -1,0 +1,117 @@
+//! Random scenarios over many kinds of images.
+//!
+//! `QCOW2RS_SEED=n` runs one seed; `QCOW2RS_CRASH_ROUNDS=n` says how many are
+//! run for each kind.
+
+use std::cell::Cell;
+
+use super::builder::Kind;
+use super::qemu;
+use super::scenario::{Config, Scenario};
+
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
+}
+
+/// Seeds for each configuration, unless the environment says otherwise.
+const ROUNDS: u64 = 10;
+
+/// Runs the seeds of one family of configurations. A seed says which one it is.
+fn run(family: u64, configs: &[Config]) {
+    let count = configs.len() as u64;
+    let qemu_every = if qemu::available() { 50 } else { 0 };
+    let run = |seed: u64| {
+        let config = configs[(seed / 10 % count) as usize].clone();
+        let scenario =
+            Scenario { config, seed, qemu_every: Cell::new(qemu_every), crashes: Cell::new(0) };
+        if let Err(failure) = scenario.run() {
+            panic!("{}", scenario.report(&failure));
+        }
+        scenario.crashes.get()
+    };
+    if let Some(seed) = number("QCOW2RS_SEED") {
+        if seed % 10 == family {
+            run(seed);
+        }
+        return;
+    }
+    let rounds = number("QCOW2RS_CRASH_ROUNDS").unwrap_or(ROUNDS) * count;
+    let crashes: u64 = (0..rounds).map(|round| run(round * 10 + family)).sum();
+    println!("{rounds} scenarios, {crashes} crashes");
+    assert!(crashes >= rounds, "hardly any crashes");
+}
+
+const SMALL: Kind = Kind {
+    version: 3,
+    cluster: 512,
+    extended_l2: false,
+    refcount_bits: 16,
+    size: 128 << 10,
+    backing: false,
+    snapshot: false,
+};
+
+fn config(kind: Kind) -> Config {
+    let slice = kind.cluster.min(4096);
+    Config {
+        kind,
+        alignment: 1,
+        cache: (2 * slice, slice),
+        punch: true,
+        faults: false,
+        give_up: false,
+    }
+}
+
+fn kinds() -> Vec<Kind> {
+    let large = Kind { cluster: 65536, size: 1 << 20, ..SMALL };
+    let extended = Kind { extended_l2: true, cluster: 16384, size: 512 << 10, ..SMALL };
+    vec![
+        SMALL,
+        Kind { backing: true, ..SMALL },
+        Kind { refcount_bits: 1, ..SMALL },
+        Kind { refcount_bits: 64, ..SMALL },
+        Kind { snapshot: true, ..SMALL },
+        Kind { version: 2, ..SMALL },
+        Kind { version: 2, backing: true, ..SMALL },
+        Kind { cluster: 4096, size: 512 << 10, ..SMALL },
+        Kind { cluster: 4096, size: 500 << 10, backing: true, refcount_bits: 1, ..SMALL },
+        large,
+        Kind { backing: true, ..large },
+        extended,
+        Kind { backing: true, ..extended },
+        Kind { snapshot: true, refcount_bits: 64, ..extended },
+        Kind { backing: true, cluster: 65536, size: (1 << 20) + 512, ..extended },
+    ]
+}
+
+fn configs() -> Vec<Config> {
+    kinds().into_iter().map(config).collect()
+}
+
+#[test]
+fn random_requests_survive_crashes() {
+    run(0, &configs());
+}
+
+#[test]
+fn random_requests_survive_crashes_in_direct_mode() {
+    let direct =
+        |alignment| move |config: Config| Config { alignment, punch: alignment == 512, ..config };
+    let sectors = configs().into_iter().map(direct(512));
+    let blocks = configs().into_iter().map(direct(4096));
+    run(1, &sectors.chain(blocks).collect::<Vec<_>>());
+}
+
+#[test]
+fn random_requests_survive_faults() {
+    let faulty = configs().into_iter().map(|config| Config { faults: true, ..config });
+    run(2, &faulty.collect::<Vec<_>>());
+}
+
+#[test]
+fn random_requests_survive_those_given_up() {
+    let hasty = configs().into_iter().map(|config| Config { give_up: true, ..config });
+    run(3, &hasty.collect::<Vec<_>>());
+}
