@@ -97,6 +97,16 @@ impl Allocation<'_> {
         self.clusters = 0..0;
     }
 
+    /// Something points to those clusters that `used` (by index) says so of; the
+    /// others were not needed, and nothing is under way on them.
+    pub fn keep_only(mut self, used: impl Fn(u64) -> bool) {
+        let clusters = std::mem::replace(&mut self.clusters, 0..0);
+        let (kept, unused): (Vec<u64>, Vec<u64>) =
+            clusters.clone().partition(|cluster| used(cluster - clusters.start));
+        self.allocator.allocated.fetch_add(kept.len() as u64, Ordering::Relaxed);
+        self.allocator.lock().returned.extend(unused);
+    }
+
     /// Not needed after all, and nothing is under way on them.
     pub fn give_back(mut self) {
         let clusters = std::mem::replace(&mut self.clusters, 0..0);

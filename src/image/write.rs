@@ -251,13 +251,13 @@ impl Disk {
         }
         // The host clusters are entered first, with no subcluster allocated: who
         // writes to other subclusters of them need not wait for our data.
-        let mut taken: u64 = 0;
+        let mut taken = vec![false; part.clusters() as usize];
         let entered = image
             .change(engine, part.table, part.first().0, part.clusters(), |index, cluster| {
                 match cluster {
                     Cluster::None { zero } => {
                         let host = host.checked_add(index << geometry.cluster_bits)?;
-                        taken += 1;
+                        taken[index as usize] = true;
                         Some(Cluster::Standard { host, copied: true, alloc: 0, zero })
                     }
                     // Somebody else was faster, for other subclusters.
@@ -265,7 +265,7 @@ impl Disk {
                 }
             })
             .await;
-        if entered.is_err() || taken == 0 {
+        if entered.is_err() || !taken.contains(&true) {
             allocation.give_back();
             entered?;
             // The next round finds the host cluster.
@@ -278,8 +278,8 @@ impl Disk {
                 _ => self.fill_each(engine, part).await,
             };
         }
-        let all_taken = taken == part.clusters();
-        allocation.keep();
+        let all_taken = !taken.contains(&false);
+        allocation.keep_only(|index| taken.get(index as usize).is_some_and(|taken| *taken));
         if all_taken {
             return self.fill(engine, part, host, fresh).await;
         }
