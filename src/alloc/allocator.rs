@@ -287,14 +287,18 @@ impl Allocator {
         storage: &Storage,
         run: Range<u64>,
     ) -> Result<()> {
+        // If this is given up half way, they are unused until close.
+        let mut raised = Allocation { allocator: self, clusters: run.clone(), fresh: false };
         let start = run.start << self.geometry.cluster_bits;
         let bytes = (run.end - run.start) << self.geometry.cluster_bits;
         // A corrupt image may call clusters free that are not.
         self.overlap.check_data(start, bytes)?;
         if let Err(error) = self.extend(engine, storage, run.end).await {
             self.refcounts.lower(engine, storage, run).await?;
+            raised.clusters = 0..0;
             return Err(error);
         }
+        raised.clusters = 0..0;
         let mut state = self.lock();
         state.run_is_fresh = run.start >= state.fresh_from;
         if state.run_is_fresh {

@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::claims::Region;
 use super::disk::{Disk, Layer};
 use super::qcow2::{Qcow2, Writing};
+use crate::alloc::limbo::Limbo;
 use crate::error::{ErrorKind, Result};
 use crate::format::l2::Cluster;
 use crate::format::subcluster::{self, Mask};
@@ -242,12 +243,29 @@ impl Qcow2 {
                 Cluster::None { .. } => {}
             }
         }
-        for range in own {
+        let mut leaving = Leaving { limbo: &writing.allocator.limbo, clusters: own };
+        while let Some(range) = leaving.clusters.last().cloned() {
             let size = geometry.cluster_size();
             self.punch(engine, writing, range.start * size..range.end * size).await;
-            writing.allocator.limbo.announce(range);
+            leaving.clusters.pop();
+            leaving.limbo.announce(range);
         }
         Ok(())
+    }
+}
+
+/// Clusters that nothing points to any more. They go on their way to reuse also
+/// if the request is given up before all holes are punched.
+struct Leaving<'a> {
+    limbo: &'a Limbo,
+    clusters: Vec<Range<u64>>,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        for range in self.clusters.drain(..) {
+            self.limbo.announce(range);
+        }
     }
 }
 
