@@ -15,6 +15,8 @@ pub struct Kind {
     pub backing: bool,
     /// With an internal snapshot, which shares all there is.
     pub snapshot: bool,
+    /// With so long an L1 table that hardly more clusters can be counted.
+    pub crowded: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -202,6 +204,12 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
     image.take(kind.cluster);
     let mut l1 = image.map(&mut content);
     l1.resize(kind.l1_entries() as usize, 0);
+    if kind.crowded {
+        let blocks = kind.cluster / 8;
+        let counted = blocks * kind.cluster * 8 / kind.refcount_bits;
+        let used = image.refcounts.len() as u64 + blocks + 1;
+        l1.resize(((counted - used - 20) * kind.cluster / 8) as usize, 0);
+    }
     let snapshots = if kind.snapshot { image.snapshot(&l1) } else { 0 };
     let l1_offset = image.put_table(&l1);
     let (reftable, reftable_clusters) = image.put_refcounts();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::layout::*;
 
@@ -31,7 +32,7 @@ impl Report {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Owner {
     /// A structure that nothing else may share.
-    Structure(String),
+    Structure(Rc<str>),
     /// An L2 table, by the part of the disk it maps.
     L2(u64),
     /// A cluster of the guest's.
@@ -102,7 +103,7 @@ impl Check<'_> {
         if offset % self.header.cluster != 0 || (offset == 0 && len > 0) {
             self.corrupt(format!("{name} is at {offset:#x}"));
         } else {
-            self.own(Owner::Structure(name), offset..offset + len);
+            self.own(Owner::Structure(name.into()), offset..offset + len);
         }
     }
 
@@ -110,7 +111,7 @@ impl Check<'_> {
     fn structures(&mut self) {
         let header = self.header.clone();
         let cluster = header.cluster;
-        self.own(Owner::Structure("header".to_owned()), 0..cluster);
+        self.own(Owner::Structure("header".into()), 0..cluster);
         self.structure("active L1 table", header.l1.offset, header.l1.entries * 8);
         self.structure("refcount table", header.reftable.offset, header.reftable.entries * 8);
         let (snapshots, bytes) = header.read_snapshots(self.file);
@@ -140,6 +141,9 @@ impl Check<'_> {
             let guest = index as u64 * covers;
             let offset = bits(entry, 9..56);
             let copied = entry >> 63 == 1;
+            if entry == 0 {
+                continue;
+            }
             let at = format!("{name} L1 entry {index} is {entry:#x}");
             if bits(entry, 0..9) | bits(entry, 56..63) != 0 {
                 self.corrupt(format!("{at}: reserved bits"));
@@ -162,7 +166,7 @@ impl Check<'_> {
             for index in 0..self.header.l2_entries() {
                 let entry = self.header.l2_entry(&table, index);
                 let guest = guest + index * cluster;
-                self.entry(&format!("{name} L2 entry of {guest:#x}"), entry, guest, active);
+                self.entry(name, entry, guest, active);
             }
         }
     }
@@ -176,55 +180,56 @@ impl Check<'_> {
 
     fn entry(&mut self, name: &str, entry: Entry, guest: u64, active: bool) {
         let cluster = self.header.cluster;
-        let at = match entry.bitmap {
-            Some(bitmap) => format!("{name}, {:#x} {bitmap:#x}", entry.word),
-            None => format!("{name}, {:#x}", entry.word),
-        };
+        let bitmap = entry.bitmap.unwrap_or(0);
+        if entry.word | bitmap == 0 {
+            return;
+        }
+        let at = || format!("{name} L2 entry of {guest:#x}, {:#x} {bitmap:#x}", entry.word);
         if entry.reserved != 0 {
-            self.corrupt(format!("{at}: reserved bits"));
+            self.corrupt(format!("{}: reserved bits", at()));
         }
         if entry.bitmap.is_some() && !matches!(entry.kind, Kind::Compressed(_)) {
             if entry.word & 1 == 1 {
-                self.strict(format!("{at}: the zero flag is not for extended entries"));
+                self.strict(format!("{}: the zero flag is not for extended entries", at()));
             }
             if entry.allocated() & entry.zero() != 0 {
-                self.corrupt(format!("{at}: subclusters both allocated and zero"));
+                self.corrupt(format!("{}: subclusters both allocated and zero", at()));
             }
         }
         match entry.kind.clone() {
             Kind::Unallocated => {
                 if entry.copied {
-                    self.strict(format!("{at}: COPIED without a cluster"));
+                    self.strict(format!("{}: COPIED without a cluster", at()));
                 }
                 if entry.allocated() != 0 {
-                    self.corrupt(format!("{at}: subclusters of no cluster are allocated"));
+                    self.corrupt(format!("{}: subclusters of no cluster are allocated", at()));
                 }
             }
             Kind::Normal(offset) if self.header.data_file() => {
                 if offset != guest || !entry.copied {
-                    self.strict(format!("{at}: not the mapping of a data file"));
+                    self.strict(format!("{}: not the mapping of a data file", at()));
                 }
             }
             Kind::Normal(offset) => {
                 if offset % cluster != 0 {
-                    self.corrupt(format!("{at}: unaligned"));
+                    self.corrupt(format!("{}: unaligned", at()));
                 }
                 self.own(Owner::Data(guest), offset..offset + cluster);
                 let refcount = self.refcounts.get(offset / cluster);
                 if active && entry.copied != (refcount == 1) {
-                    self.copied(format!("{at}: refcount {refcount}"));
+                    self.copied(format!("{}: refcount {refcount}", at()));
                 }
             }
             Kind::Compressed(bytes) => {
                 if entry.copied {
-                    self.corrupt(format!("{at}: COPIED and compressed"));
+                    self.corrupt(format!("{}: COPIED and compressed", at()));
                 }
                 if entry.bitmap.is_some_and(|bitmap| bitmap != 0) {
-                    self.corrupt(format!("{at}: compressed with a bitmap"));
+                    self.corrupt(format!("{}: compressed with a bitmap", at()));
                     return;
                 }
                 if self.header.data_file() {
-                    self.corrupt(format!("{at}: compressed in a data file"));
+                    self.corrupt(format!("{}: compressed in a data file", at()));
                     return;
                 }
                 self.own(Owner::Compressed(guest), bytes);

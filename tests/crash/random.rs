@@ -50,6 +50,7 @@ const SMALL: Kind = Kind {
     size: 128 << 10,
     backing: false,
     snapshot: false,
+    crowded: false,
 };
 
 fn config(kind: Kind) -> Config {
@@ -102,6 +103,14 @@ fn random_requests_survive_crashes_in_direct_mode() {
     let sectors = configs().into_iter().map(direct(512));
     let blocks = configs().into_iter().map(direct(4096));
     run(1, &sectors.chain(blocks).collect::<Vec<_>>());
+}
+
+#[test]
+fn refcount_tables_grow() {
+    let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
+    let calm = config(crowded);
+    let hasty = Config { give_up: true, ..config(crowded) };
+    run(4, &[calm, Config { faults: true, ..config(crowded) }, hasty]);
 }
 
 #[test]
