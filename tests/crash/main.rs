@@ -1,6 +1,8 @@
 //! What is left after a crash: random and chosen operations on simulated disks,
 //! crashes at any moment, and a strict look at what is found afterwards.
 
+#![allow(dead_code)] // Workloads to come use the rest of the tools.
+
 mod builder;
 mod imagecheck;
 mod imagecheck_tests;
