@@ -1,0 +1,100 @@
+//! `qemu-img`, as a subprocess. Its own measure counts: the time from the first
+//! request to the last completion, without start, open, flush and close.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::pattern::{Pattern, REQUEST};
+use crate::row::Operation;
+
+/// How QEMU hands requests to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Aio {
+    Threads,
+    Native,
+    IoUring,
+}
+
+impl Aio {
+    pub fn name(self) -> &'static str {
+        match self {
+            Aio::Threads => "threads",
+            Aio::Native => "native",
+            Aio::IoUring => "io_uring",
+        }
+    }
+
+    /// Those that can be asked for: native wants O_DIRECT.
+    pub fn all(direct: bool) -> &'static [Aio] {
+        if direct {
+            &[Aio::Threads, Aio::Native, Aio::IoUring]
+        } else {
+            &[Aio::Threads, Aio::IoUring]
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<String, String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("cannot run {command:?}: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Ok(text);
+    }
+    Err(format!("{command:?}: {}{text}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// First line of `qemu-img --version`.
+pub fn version() -> String {
+    let text = run(Command::new("qemu-img").arg("--version")).unwrap_or_else(|error| {
+        panic!("{error} (scripts/setup.sh installs it)");
+    });
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Creates an overlay on a raw base with extended L2 entries.
+pub fn create(path: &Path, base: &Path, size: u64, cluster_size: u64) {
+    let options = format!("cluster_size={cluster_size},extended_l2=on");
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(base)
+        .args(["-o", &options])
+        .arg(path)
+        .arg(size.to_string()))
+    .unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Carries the pattern out; returns seconds, or why this way of I/O cannot be had.
+pub fn bench(
+    path: &Path,
+    aio: Aio,
+    operation: Operation,
+    direct: bool,
+    fill: u8,
+    pattern: &Pattern,
+) -> Result<f64, String> {
+    let mut command = Command::new("qemu-img");
+    command.args(["bench", "-f", "qcow2", "-d", "1", "-i", aio.name()]);
+    command.args(["-t", if direct { "none" } else { "writeback" }]);
+    command.args(["-c", &pattern.count.to_string(), "-s", &REQUEST.to_string()]);
+    command.args(["-S", &pattern.step.to_string()]);
+    if operation == Operation::Write {
+        command.args(["-w", &format!("--pattern={fill}")]);
+    }
+    let text = run(command.arg(path))?;
+    let seconds = text
+        .split_once("Run completed in ")
+        .and_then(|(_, rest)| rest.split_once(' ')?.0.parse().ok());
+    seconds.ok_or_else(|| format!("{command:?} says {text:?}"))
+}
+
+/// The guest sees the same in both; the second is sound.
+pub fn verify(theirs: &Path, ours: &Path) {
+    let compared = run(Command::new("qemu-img")
+        .args(["compare", "-q", "-f", "qcow2", "-F", "qcow2"])
+        .args([theirs, ours]));
+    let checked = run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(ours));
+    compared.and(checked).unwrap_or_else(|error| panic!("{error}"));
+}
