@@ -65,10 +65,7 @@ pub fn create(path: &Path, base: &Path, size: u64, cluster_size: u64) {
         set(opts, c"cluster_size", &cluster_size.to_string());
         set(opts, c"extended_l2", "on");
         let (no_options, no_handle) = (ptr::null(), ptr::null_mut());
-        check(
-            capi::qcow2rs_create_path(path.as_ptr(), 0, opts, no_options, no_handle),
-            "create",
-        );
+        check(capi::qcow2rs_create_path(path.as_ptr(), 0, opts, no_options, no_handle), "create");
         capi::qcow2rs_create_opts_free(&mut opts);
     }
 }

@@ -53,8 +53,7 @@ struct Options {
 impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/bench");
-        let mut options =
-            Options { directory, rounds: 7, only: String::new(), by: String::new() };
+        let mut options = Options { directory, rounds: 7, only: String::new(), by: String::new() };
         while let Some(name) = args.next() {
             if name == "--bench" {
                 continue; // cargo says so
@@ -173,7 +172,8 @@ fn measure(row: &Row, files: &Files, options: &Options) -> Table {
 
 /// The way of I/O that is fastest for QEMU: the best of two short trials each.
 fn best_aio(row: &Row, files: &Files) -> Aio {
-    let trial = Row { pattern: Pattern { count: TRIAL.min(row.pattern.count), ..row.pattern }, ..*row };
+    let trial =
+        Row { pattern: Pattern { count: TRIAL.min(row.pattern.count), ..row.pattern }, ..*row };
     let mut best: Option<(Aio, f64)> = None;
     for aio in Aio::all(row.direct) {
         for _ in 0..2 {
@@ -290,4 +290,3 @@ fn machine() -> String {
     let kernel = read("/proc/sys/kernel/osrelease");
     format!("{}, {cores} cores, Linux {}", model.map_or("?", |(_, name)| name), kernel.trim())
 }
-

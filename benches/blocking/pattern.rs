@@ -22,9 +22,7 @@ impl Pattern {
     pub fn scattered(size: u64, cluster: u64, count: u64) -> Pattern {
         assert!(size.is_power_of_two() && cluster.is_power_of_two() && count <= size / REQUEST);
         let candidates = (3..64).map(|k| Pattern { size, step: k * cluster + REQUEST, count });
-        candidates
-            .max_by_key(|pattern| pattern.clusters(cluster))
-            .expect("there are candidates")
+        candidates.max_by_key(|pattern| pattern.clusters(cluster)).expect("there are candidates")
     }
 
     /// How many different clusters are met.

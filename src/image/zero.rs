@@ -85,9 +85,10 @@ impl Disk {
                 continue;
             }
             let end = range.end.min(start + size);
-            match version_2 {
-                true => self.write_zero_bytes(engine, at..end, flags).await?,
-                false => self.zero_in_cluster(engine, image, writing, at..end, flags).await?,
+            if !version_2 {
+                self.zero_in_cluster(engine, image, writing, at..end, flags).await?;
+            } else if !self.is_zero(engine, at..end).await? {
+                self.write_zero_bytes(engine, at..end, flags).await?;
             }
             at = end;
         }
