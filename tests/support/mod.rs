@@ -1,9 +1,15 @@
 //! What several tests need: a scratch directory, seeded random numbers, QEMU.
 #![allow(dead_code)] // Each test uses its part of it.
 
+pub mod dissect;
+pub mod operations;
+pub mod refcounts;
+
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+use qcow2rs::{Image, OpenOptions, Policy, Source};
 
 /// A directory that goes away, unless the test fails.
 pub struct Scratch(Option<tempfile::TempDir>);
@@ -109,4 +115,61 @@ pub fn qemu_img_check(image: &Path) {
 /// The same content.
 pub fn qemu_img_compare(a: &Path, a_format: &str, b: &Path, b_format: &str) {
     qemu_ok("qemu-img", &["compare", "-f", a_format, "-F", b_format, text(a), text(b)]);
+}
+
+/// Lets QEMU carry out `qemu-io` commands, all in one process and without syncs.
+pub fn qemu_io(image: &Path, commands: &[String]) {
+    let mut args = vec!["-f", "qcow2", "-d", "unmap", "--cache", "unsafe"];
+    commands.iter().for_each(|command| args.extend(["-c", command]));
+    args.push(text(image));
+    // Some failures show in the text only.
+    let printed = qemu_ok("qemu-io", &args);
+    assert!(!printed.contains("failed") && !printed.contains("invalid"), "{printed}");
+}
+
+/// Makes an image with `qemu-img create`; `options` as behind `-o`.
+pub fn qemu_create(image: &Path, options: &str, size: u64) {
+    let size = size.to_string();
+    let mut args = vec!["create", "-q", "-f", "qcow2"];
+    if !options.is_empty() {
+        args.extend(["-o", options]);
+    }
+    args.extend([text(image), &size]);
+    qemu_ok("qemu-img", &args);
+}
+
+/// Opens an image and the files that it names, for reading.
+pub fn open(image: &Path) -> Image {
+    let options = OpenOptions::new().policy(Policy::Paths);
+    Image::open(Source::path(image), &options).unwrap()
+}
+
+/// Opens an image and the files that it names, for writing. What is on disk after
+/// a power loss is for others to test: no syncs.
+pub fn open_rw(image: &Path) -> Image {
+    let mut options = OpenOptions::new().policy(Policy::Paths).writable(true);
+    options.no_flush = true;
+    Image::open(Source::path(image), &options).unwrap()
+}
+
+/// The bytes of a range of the disk.
+pub fn read(image: &Image, offset: u64, len: u64) -> Vec<u8> {
+    let mut buf = vec![0xee; len as usize];
+    image.read_at(&mut buf, offset).unwrap();
+    buf
+}
+
+/// Fails, naming the first place, where the disk does not hold `expected`.
+pub fn assert_content(image: &Image, expected: &[u8]) {
+    assert_eq!(image.size(), expected.len() as u64);
+    assert_same(&read(image, 0, image.size()), expected);
+}
+
+/// Fails, naming the first place, where bytes differ.
+pub fn assert_same(found: &[u8], expected: &[u8]) {
+    if found != expected {
+        let at = found.iter().zip(expected).position(|(a, b)| a != b);
+        let at = at.unwrap_or_else(|| panic!("{} bytes, not {}", found.len(), expected.len()));
+        panic!("at {at:#x}: {:#04x} where {:#04x} should be", found[at], expected[at]);
+    }
 }
