@@ -143,8 +143,7 @@ fn follow_discard(image: &qcow2rs::Image, at: u64, len: u64, model: &mut [u8]) {
     let now = read(image, at, len);
     let model = &mut model[at as usize..(at + len) as usize];
     let first = (512 - at % 512).min(len) as usize;
-    let sectors = [0..first]
-        .into_iter()
+    let sectors = std::iter::once(0..first)
         .chain((first..now.len()).step_by(512).map(|start| start..now.len().min(start + 512)));
     for sector in sectors {
         let (new, old) = (&now[sector.clone()], &model[sector.clone()]);
