@@ -17,7 +17,7 @@ use counting::Counting;
 use disk::{Disk, Page};
 use pattern::{Pattern, REQUEST};
 use qemu::Aio;
-use report::{Table, Target};
+use report::{Is, Table, Target};
 use row::{CLUSTER, Contender, FILL, Files, Operation, Row};
 
 #[global_allocator]
@@ -109,14 +109,16 @@ fn targets() -> Vec<Target> {
         (READ, 4.0, 0.9),
         (OVERWRITE, 4.0, 0.9),
     ] {
-        targets.push(Target { row, of: is_ours, to: is_qemu, least: Some(qemu) });
-        targets.push(Target { row, of: is_ours, to: is_raw, least: Some(raw) });
+        let enough = Some((is_raw as Is, raw));
+        targets.push(Target { row, of: is_ours, to: is_qemu, least: Some(qemu), enough });
+        targets.push(Target { row, of: is_ours, to: is_raw, least: Some(raw), enough: None });
     }
     let row = READ_BY_TWO;
     let ours_by_two = |who| who == Contender::Ours(2);
     let raw_by_two = |who| who == Contender::Raw(2);
-    targets.push(Target { row, of: ours_by_two, to: is_ours, least: Some(1.8) });
-    targets.push(Target { row, of: raw_by_two, to: is_raw, least: None });
+    let by_two = |of, to, least| Target { row, of, to, least, enough: None };
+    targets.push(by_two(ours_by_two, is_ours, Some(1.8)));
+    targets.push(by_two(raw_by_two, is_raw, None));
     targets
 }
 
@@ -147,6 +149,9 @@ fn measure(row: &Row, files: &Files, options: &Options) -> Table {
         }
         _ => vec![Contender::Ours(1), Contender::Raw(1)],
     };
+    if !row.allocating {
+        warm(files);
+    }
     if row.name != READ_BY_TWO && "QEMU".contains(&options.by) {
         contenders.push(Contender::Qemu(best_aio(row, files)));
     }
@@ -217,12 +222,16 @@ fn files(directory: &Path) -> Files {
     let full = Disk::open(&files.full, false, &[]);
     chunks(FULL_SIZE).for_each(|(offset, chunk)| full.write(&chunk, offset));
     full.close();
-    // Into the page cache, should it not be there.
+    files
+}
+
+/// Brings the full files into the page cache, from where other rows' files may have
+/// driven them.
+fn warm(files: &Files) {
     for path in [&files.full, &files.raw] {
         let mut file = File::open(path).expect("opens");
         std::io::copy(&mut file, &mut std::io::sink()).expect("reads");
     }
-    files
 }
 
 /// Bytes that no two blocks share, none of them zero throughout.

@@ -16,13 +16,19 @@ pub struct Table {
     pub results: Vec<Result>,
 }
 
+/// Tells a contender from the others.
+pub type Is = fn(Contender) -> bool;
+
 /// A ratio to be reached.
 pub struct Target {
     pub row: &'static str,
-    pub of: fn(Contender) -> bool,
-    pub to: fn(Contender) -> bool,
+    pub of: Is,
+    pub to: Is,
     /// `None`: shown for comparison.
     pub least: Option<f64>,
+    /// Somebody of whom reaching this part is enough, if that is less: nobody is
+    /// asked to be faster than the disk.
+    pub enough: Option<(Is, f64)>,
 }
 
 pub fn median(values: &[f64]) -> f64 {
@@ -60,6 +66,11 @@ pub fn rates(tables: &[Table]) -> String {
     out
 }
 
+/// The rates of one contender in those of another, round by round.
+fn by_round(of: &Result, to: &Result) -> Vec<f64> {
+    of.rates.iter().zip(&to.rates).map(|(a, b)| a / b).collect()
+}
+
 /// Ratios by round, their medians, and whether that is what is wanted.
 pub fn ratios(tables: &[Table], targets: &[Target]) -> String {
     let mut out = String::from(
@@ -68,18 +79,23 @@ pub fn ratios(tables: &[Table], targets: &[Target]) -> String {
     );
     for target in targets {
         let Some(table) = tables.iter().find(|table| table.name == target.row) else { continue };
-        let find = |wanted: fn(Contender) -> bool| {
-            table.results.iter().find(|result| wanted(result.contender))
-        };
+        let find = |wanted: Is| table.results.iter().find(|result| wanted(result.contender));
         let (Some(of), Some(to)) = (find(target.of), find(target.to)) else { continue };
-        let by_round: Vec<_> = of.rates.iter().zip(&to.rates).map(|(a, b)| a / b).collect();
+        let by_round = by_round(of, to);
         let middle = median(&by_round);
         let least = by_round.iter().copied().fold(f64::INFINITY, f64::min);
         let most = by_round.iter().copied().fold(0.0, f64::max);
         let (wanted, verdict) = match target.least {
             None => (String::new(), ""),
             Some(wanted) if middle >= wanted => (format!("{wanted}"), "met"),
-            Some(wanted) => (format!("{wanted}"), "missed"),
+            Some(wanted) => {
+                let enough = target.enough.and_then(|(who, part)| {
+                    let raw = median(&self::by_round(find(who)?, to));
+                    Some(raw * part).filter(|enough| middle >= *enough)
+                });
+                let verdict = if enough.is_some() { "no room for more" } else { "missed" };
+                (format!("{wanted}"), verdict)
+            }
         };
         let _ = writeln!(
             out,

@@ -224,7 +224,11 @@ impl Image {
     /// As `read_at`, into the caller's memory by handle.
     #[inline]
     pub(crate) fn read_guest(&self, to: GuestMut<'_>, offset: u64) -> Result<()> {
-        self.enter(|disk| block_on(disk.read(&Blocking, Target::Guest(to), offset)))
+        let to = Target::Guest(to);
+        self.enter(|disk| match disk.read_now(&Blocking, &to, offset) {
+            Some(result) => result,
+            None => block_on(disk.read(&Blocking, to, offset)),
+        })
     }
 
     /// As `write_at`, from the caller's memory by handle.

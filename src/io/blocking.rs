@@ -14,14 +14,12 @@ pub struct Blocking;
 impl Engine for Blocking {
     #[inline]
     async fn read<'a>(&'a self, storage: &'a Storage, to: Target<'a>, offset: u64) -> Result<()> {
-        let result = match storage.backend() {
-            Backend::File(file) => file.read(&to, offset),
-            Backend::Callbacks(callbacks) => callbacks.read(&to, offset),
-            #[cfg(feature = "sim")]
-            Backend::Sim(_) => Err(libc::ENOTSUP),
-        };
-        let len = to.len();
-        done(storage, result, || format!("reading {len} bytes at offset {offset}"))
+        read(storage, &to, offset)
+    }
+
+    #[inline]
+    fn read_now(&self, storage: &Storage, to: &Target<'_>, offset: u64) -> Option<Result<()>> {
+        Some(read(storage, to, offset))
     }
 
     #[inline]
@@ -79,6 +77,18 @@ impl Engine for Blocking {
         let what = format_args!("setting the length to {length}");
         result.map_err(|errno| storage.refused(errno, what))
     }
+}
+
+#[inline]
+fn read(storage: &Storage, to: &Target<'_>, offset: u64) -> Result<()> {
+    let result = match storage.backend() {
+        Backend::File(file) => file.read(to, offset),
+        Backend::Callbacks(callbacks) => callbacks.read(to, offset),
+        #[cfg(feature = "sim")]
+        Backend::Sim(_) => Err(libc::ENOTSUP),
+    };
+    let len = to.len();
+    done(storage, result, || format!("reading {len} bytes at offset {offset}"))
 }
 
 #[inline]

@@ -277,6 +277,23 @@ impl Storage {
         direct::read(self, engine, to, offset).await
     }
 
+    /// As `read`, where neither the engine nor alignment makes anybody wait; `None`
+    /// elsewhere.
+    #[inline]
+    pub fn read_now<E: Engine>(
+        &self,
+        engine: &E,
+        to: &Target<'_>,
+        offset: u64,
+    ) -> Option<Result<()>> {
+        if self.alignment.request != 1 {
+            return None;
+        }
+        let result = engine.read_now(self, to, offset)?;
+        self.counters.read(to.len());
+        Some(result)
+    }
+
     /// Writes the pieces one after the other from `offset` on, extending the
     /// storage where needed: in direct mode to a whole block, unless its length
     /// is fixed. `ReadOnly`.
