@@ -14,7 +14,9 @@ const CHUNK: usize = 1 << 20;
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
     let (Some(path), None) = (args.next(), args.next()) else {
-        eprintln!("usage: cat IMAGE > FILE\n  only for images you trust: the files that they name are opened");
+        eprintln!(
+            "usage: cat IMAGE > FILE\n  only for images you trust: the files that they name are opened"
+        );
         return ExitCode::from(2);
     };
     match cat(Path::new(&path), &mut io::stdout().lock()) {
