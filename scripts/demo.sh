@@ -150,7 +150,7 @@ overlay() { # NAME OPTION...
 }
 
 row() { # TITLE CELL CELL CELL
-    printf '    %-26s %15s %15s %15s\n' "$@"
+    printf '    %-24s %16s %16s %16s\n' "$@"
 }
 
 rows() { # TITLE KEY FORMAT
@@ -161,22 +161,22 @@ rows() { # TITLE KEY FORMAT
     row "$1" "${cells[@]}"
 }
 
-per_guest_byte() {
+rows_per_guest_byte() { # TITLE KEY
     local name cells=()
     for name in "${names[@]}"; do
-        cells+=("$(awk "BEGIN { printf \"%.2f\", ${result[$name.file_bytes_written]} /
-            ${result[$name.guest_bytes_written]} }")")
+        cells+=("$(awk -v n="${result[$name.$2]}" -v guest="${result[$name.guest_bytes_written]}" \
+            'BEGIN { printf "%.2f", n / guest }')")
     done
-    row 'written per guest byte' "${cells[@]}"
+    row "$1" "${cells[@]}"
 }
 
 table() {
     row '' 'extended L2' 'standard L2' 'standard L2'
-    row '' '128 KiB' '128 KiB' '64 KiB'
+    row '' '128 KiB' '128 KiB' '64 KiB (default)'
     rows 'writes per second' writes_per_second thousands
     rows '  with the flush' writes_per_second_flushed thousands
     rows 'copied from the base' bytes_copied size
-    per_guest_byte
+    rows_per_guest_byte 'written per guest byte' file_bytes_written
     rows 'file, apparent size' apparent_size size
     rows 'file, size on disk' real_size size
     rows 'memory for metadata' metadata_bytes size
