@@ -85,8 +85,8 @@ static int resolve(void *opaque, const struct qcow2rs_ref *ref,
     return fd >= 0 ? qcow2rs_storage_from_fd(fd, storage) : -EPERM;
 }
 
-/* From here on no file can be opened, by nobody in this thread; what is open
- * stays usable. */
+/* From here on the kernel lets this thread open no file, whoever's code asks for
+ * it.  What is open already stays usable. */
 static int shut_the_door(const char *path)
 {
     struct landlock_ruleset_attr none = {
@@ -97,14 +97,17 @@ static int shut_the_door(const char *path)
 
     if (rules < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ||
         syscall(SYS_landlock_restrict_self, rules, 0) < 0) {
-        failed_errno("no Landlock here, going on without");
-        return rules < 0 ? 0 : close(rules);
+        failed_errno("there is no Landlock, going on without");
+        if (rules >= 0) {
+            close(rules);
+        }
+        return 0;
     }
     close(rules);
     fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd >= 0) {
-        fprintf(stderr, "sandbox: the door is open\n");
         close(fd);
+        fprintf(stderr, "sandbox: Landlock does not work\n");
         return -1;
     }
     fprintf(stderr, "sandbox: no file can be opened any more (%s)\n", strerror(errno));
