@@ -2,27 +2,33 @@
 # Installs what building and testing need and this machine lacks.  Can be run
 # any number of times.  Packages are Debian's (or Ubuntu's); elsewhere, or
 # without root, it only says what is missing.
+#   scripts/setup.sh         for everything
+#   scripts/setup.sh demo    for scripts/demo.sh only
 set -eu
+# mkfs is there, which not every user's PATH knows.
+PATH=$PATH:/usr/sbin:/sbin
+all=1
+[ "${1:-}" != demo ] || all=''
 
 missing=''
 need() { # COMMAND PACKAGE
     command -v "$1" > /dev/null || missing="$missing $2"
 }
 need cc gcc
-need c++ g++
 need ld binutils
 need meson meson
 need ninja ninja-build
 need pkg-config pkg-config
 need python3 python3
 need qemu-img qemu-utils
-need valgrind valgrind
 need mkfs.ext4 e2fsprogs
+[ -z "$all" ] || need c++ g++
+[ -z "$all" ] || need valgrind valgrind
 has_libclang() { # bindgen, for the tests of the header
     [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p | grep -q 'libclang.*\.so' ||
         ls /usr/lib/llvm-*/lib/libclang*.so* > /dev/null 2>&1
 }
-has_libclang || missing="$missing libclang-dev"
+[ -z "$all" ] || has_libclang || missing="$missing libclang-dev"
 
 if [ -n "$missing" ]; then
     # shellcheck disable=SC2086 # a list of words
@@ -40,7 +46,7 @@ if [ -n "$missing" ]; then
 fi
 
 minimum=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$(dirname "$0")/../Cargo.toml")
-for tool in cargo rustc rustfmt cargo-clippy; do
+for tool in cargo rustc ${all:+rustfmt cargo-clippy}; do
     if ! command -v "$tool" > /dev/null; then
         echo "setup: please install $tool, of Rust $minimum or later: https://rustup.rs" >&2
         exit 1

@@ -249,8 +249,9 @@ impl Error {
     #[must_use]
     pub fn wrap_as(self, kind: ErrorKind, context: impl Into<String>) -> Error {
         let from_below = self.0.from_below;
-        let source = Some(Box::new(self).into());
-        Error(Box::new(Inner { kind, context: context.into(), from_below, source }))
+        // Not by `into`, which would box the box.
+        let source: Box<dyn std::error::Error + Send + Sync> = Box::new(self);
+        Error(Box::new(Inner { kind, context: context.into(), from_below, source: Some(source) }))
     }
 
     /// Says that the trouble is in an image below the one that was asked: it
@@ -318,5 +319,18 @@ impl fmt::Debug for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_tells_each_cause_once() {
+        let error = Error::os(libc::ENOSPC, "writing base").context("top").context("guest");
+        let cause = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        assert_eq!(error.message(), format!("guest: top: writing base: {cause}"));
+        assert_eq!(error.errno(), libc::ENOSPC);
     }
 }
