@@ -104,4 +104,5 @@ step 'C tests without prelink' meson_test target/meson-plain -Dprelink=false
 step 'installed' use_installed
 step 'subproject, shared' use_as_subproject shared
 step 'subproject, static' use_as_subproject static
+step 'demo, small' scripts/demo.sh --size 0.0625
 printf '\n==> all of it: ok, %d s\n' "$SECONDS"
