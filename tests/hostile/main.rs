@@ -1,0 +1,11 @@
+//! Images that somebody made to do harm: each is refused, or its use is, with an
+//! error that says what is wrong, in bounded memory and work, without a panic,
+//! and without a byte of guest data in the wrong place.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod headers;
+mod images;
+mod memory;
+mod tables;
