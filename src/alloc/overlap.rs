@@ -29,10 +29,12 @@ pub enum Metadata {
     SnapshotTable = 32,
     /// A snapshot's L1 table.
     InactiveL1 = 64,
+    /// The directory of persistent bitmaps.
+    BitmapDirectory = 128,
 }
 
 impl Metadata {
-    const ALL: [Metadata; 7] = [
+    const ALL: [Metadata; 8] = [
         Metadata::Header,
         Metadata::L1,
         Metadata::L2,
@@ -40,6 +42,7 @@ impl Metadata {
         Metadata::RefcountBlock,
         Metadata::SnapshotTable,
         Metadata::InactiveL1,
+        Metadata::BitmapDirectory,
     ];
 
     fn name(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Metadata {
             Metadata::RefcountBlock => "a refcount block",
             Metadata::SnapshotTable => "the snapshot table",
             Metadata::InactiveL1 => "the L1 table of a snapshot",
+            Metadata::BitmapDirectory => "the bitmap directory",
         }
     }
 }
@@ -92,10 +96,15 @@ impl OverlapIndex {
         (&self.filter[word], 1 << (hash >> 32 & 63))
     }
 
+    /// Memory that so many clusters take, in bytes.
+    pub fn bytes_for(clusters: u64) -> u64 {
+        clusters.saturating_mul(17)
+    }
+
     /// Memory held, in bytes.
     pub fn bytes(&self) -> u64 {
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
-        (self.filter.len() * 8 + clusters.capacity() * 17) as u64
+        self.filter.len() as u64 * 8 + OverlapIndex::bytes_for(clusters.capacity() as u64)
     }
 
     /// `bytes` from `offset` on hold metadata now.

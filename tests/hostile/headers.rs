@@ -2,7 +2,8 @@
 
 use qcow2rs::ErrorKind::{self, *};
 
-use crate::images::{Kind, image, open, options, verdicts};
+use crate::images::{Kind, MEMORY, image, open, options, verdicts};
+use crate::memory::peak;
 use crate::support::dissect::{Dissected, field};
 use crate::support::memory_disk::MemoryDisk;
 
@@ -208,4 +209,41 @@ fn a_disk_larger_than_allowed_is_refused_before_its_tables_are_read() {
     let error = open(&disk, &options).err().unwrap();
     assert_eq!(error.kind(), Limit);
     assert!(disk.reads().1 <= 1024, "only the header");
+}
+
+#[test]
+fn the_largest_tables_that_the_format_allows_fit_the_limit_of_the_caller() {
+    // All that a header can ask for, in a file that says it has it.
+    let mut greedy = image(Kind::Snapshots);
+    greedy.put32(field::L1_SIZE, 4 << 20);
+    greedy.put64(field::L1_OFFSET, 1 << 30);
+    greedy.put32(field::REFTABLE_CLUSTERS, 16 << 10);
+    greedy.put64(field::REFTABLE_OFFSET, 2 << 30);
+    greedy.put32(field::SNAPSHOTS, 65536);
+    greedy.put64(field::SNAPSHOTS_OFFSET, 3 << 30);
+    let disk = MemoryDisk::new(&greedy.bytes).with_length(1 << 40);
+    for (limit, writable) in [(1 << 20, false), (1 << 20, true), (40 << 20, true)] {
+        let mut options = options(writable);
+        options.max_metadata_size = limit;
+        let error = open(&disk, &options).err().expect("it wants more than there is");
+        assert_eq!(error.kind(), Limit, "{limit}");
+    }
+    // By default it may have a lot, but not much more.
+    let (opened, bytes) = peak(|| qcow2rs::Image::open(disk.source(), &options(true)));
+    opened.unwrap().close().unwrap();
+    assert!(bytes < 4 * MEMORY, "{bytes}");
+}
+
+#[test]
+fn questions_about_an_image_read_its_header_only() {
+    let mut huge = image(Kind::Standard);
+    huge.put64(field::SIZE, 128 << 30);
+    huge.put32(field::L1_SIZE, 4 << 20);
+    huge.put32(field::REFTABLE_CLUSTERS, 16 << 10);
+    let disk = MemoryDisk::new(&huge.bytes);
+    let mut options = options(false);
+    options.check_only = true;
+    let (info, bytes) = peak(|| open(&disk, &options).unwrap().info().unwrap());
+    assert_eq!(info.virtual_size, 128 << 30);
+    assert!(disk.reads().1 <= 1024 && bytes < 1 << 20, "{bytes} bytes");
 }

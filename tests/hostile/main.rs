@@ -8,4 +8,5 @@ mod support;
 mod headers;
 mod images;
 mod memory;
+mod snapshots;
 mod tables;

@@ -9,7 +9,7 @@ use qcow2rs::io::callbacks::{Abilities, Callbacks, UserIo, UserResult};
 use qcow2rs::io::sim::{GuestMut, GuestRef};
 
 const ENOSPC: i32 = 28;
-/// No test needs more, and a write behind it is a mistake.
+/// Few tests need more, and a write behind it is a mistake.
 const MAX_LENGTH: usize = 64 << 20;
 
 /// Changes what a read of so many bytes at an offset returns.
@@ -45,7 +45,7 @@ impl MemoryDisk {
     }
 
     fn build(bytes: &[u8], lie: Option<Lie>) -> MemoryDisk {
-        let mut room = Vec::with_capacity(MAX_LENGTH);
+        let mut room = Vec::with_capacity(MAX_LENGTH.max(bytes.len()));
         room.extend_from_slice(bytes);
         let state = Mutex::new(State { bytes: room, length: bytes.len() as u64 });
         let (reads, bytes_read, writes) = Default::default();
