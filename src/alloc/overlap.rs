@@ -135,6 +135,12 @@ impl OverlapIndex {
         }
     }
 
+    /// Where the last cluster that holds metadata ends.
+    pub fn end(&self) -> u64 {
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.keys().max().map_or(0, |last| (last + 1) << self.cluster_bits)
+    }
+
     fn clusters_of(&self, offset: u64, bytes: u64) -> Range<u64> {
         let end = offset.saturating_add(bytes).saturating_sub(1);
         let first = offset >> self.cluster_bits;

@@ -8,5 +8,6 @@ mod support;
 mod headers;
 mod images;
 mod memory;
+mod past_the_end;
 mod snapshots;
 mod tables;
