@@ -5,9 +5,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod compressed;
 mod headers;
 mod images;
 mod memory;
+mod mutate;
+mod names;
 mod past_the_end;
 mod snapshots;
 mod tables;
