@@ -44,6 +44,8 @@ pub struct Allocator {
     pub overlap: Arc<OverlapIndex>,
     /// Sticky failures.
     pub health: Arc<Health>,
+    /// No cluster from this byte on was ever given out.
+    untouched_from: AtomicU64,
     allocated: AtomicU64,
     freed: AtomicU64,
 }
@@ -132,10 +134,13 @@ impl Allocator {
         storage: &Storage,
         file_length: u64,
     ) -> Allocator {
+        // Metadata that is said to lie past the end comes into being when written.
+        let file_length = file_length.max(overlap.end());
         // Nobody knows what a device holds behind the image.
         let fixed = storage.capacity().is_some();
         let fresh_from = if fixed { u64::MAX } else { geometry.clusters_for(file_length) };
         Allocator {
+            untouched_from: AtomicU64::new(fresh_from.saturating_mul(geometry.cluster_size())),
             geometry,
             state: Mutex::new(State {
                 run: 0..0,
@@ -167,6 +172,37 @@ impl Allocator {
         (self.allocated.load(Ordering::Relaxed), self.freed.load(Ordering::Relaxed))
     }
 
+    /// To be called before guest data is written in place or to what was given out:
+    /// `Corrupt` where metadata is.
+    #[inline]
+    pub fn check_data(&self, offset: u64, bytes: u64) -> Result<()> {
+        self.overlap.check_data(offset, bytes)?;
+        let end = offset.saturating_add(bytes);
+        if end > self.untouched_from.load(Ordering::Relaxed) {
+            self.touch(end);
+        }
+        Ok(())
+    }
+
+    /// Only a corrupt image leads to clusters that were never given out. They are
+    /// not known to be zero any more, and the file does not end before them.
+    #[cold]
+    fn touch(&self, end: u64) {
+        let mut state = self.lock();
+        let clusters = self.geometry.clusters_for(end);
+        state.run_is_fresh &= clusters <= state.run.start;
+        state.fresh_from = state.fresh_from.max(clusters);
+        state.file_length = state.file_length.max(end);
+        self.note_untouched(&state);
+    }
+
+    /// To be called after a change of the run, or of where fresh clusters begin.
+    pub(super) fn note_untouched(&self, state: &State) {
+        let cluster = if state.run_is_fresh { state.run.start } else { state.fresh_from };
+        let offset = cluster.saturating_mul(self.geometry.cluster_size());
+        self.untouched_from.store(offset, Ordering::Relaxed);
+    }
+
     /// Up to `want` neighbouring clusters off the current run, without I/O.
     fn take(&self, want: u64) -> Option<Allocation<'_>> {
         let mut state = self.lock();
@@ -180,6 +216,7 @@ impl Allocator {
         let end = state.run.end.min(state.run.start + want.max(1));
         let clusters = state.run.start..end;
         state.run.start = end;
+        self.note_untouched(&state);
         Some(Allocation { allocator: self, clusters, fresh: state.run_is_fresh })
     }
 
@@ -306,6 +343,7 @@ impl Allocator {
         }
         state.hint = run.end;
         state.run = run;
+        self.note_untouched(&state);
         Ok(())
     }
 
@@ -377,6 +415,7 @@ impl Allocator {
         self.refcounts.publish_block(table_index, offset);
         let mut state = self.lock();
         state.fresh_from = state.fresh_from.max(cluster + 1);
+        self.note_untouched(&state);
         Ok(())
     }
 

@@ -119,6 +119,7 @@ impl Allocator {
         {
             let mut state = self.lock();
             state.fresh_from = state.fresh_from.max(end);
+            self.note_untouched(&state);
         }
         // Nobody reads the table but through memory, and the switch is durable.
         let old = old_offset / size..old_offset / size + (old_entries * 8).div_ceil(size);

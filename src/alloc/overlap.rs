@@ -5,6 +5,7 @@
 //! The question is answered without a lock unless the answer may be yes.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
@@ -28,10 +29,12 @@ pub enum Metadata {
     SnapshotTable = 32,
     /// A snapshot's L1 table.
     InactiveL1 = 64,
+    /// The directory of persistent bitmaps.
+    BitmapDirectory = 128,
 }
 
 impl Metadata {
-    const ALL: [Metadata; 7] = [
+    const ALL: [Metadata; 8] = [
         Metadata::Header,
         Metadata::L1,
         Metadata::L2,
@@ -39,6 +42,7 @@ impl Metadata {
         Metadata::RefcountBlock,
         Metadata::SnapshotTable,
         Metadata::InactiveL1,
+        Metadata::BitmapDirectory,
     ];
 
     fn name(self) -> &'static str {
@@ -50,6 +54,7 @@ impl Metadata {
             Metadata::RefcountBlock => "a refcount block",
             Metadata::SnapshotTable => "the snapshot table",
             Metadata::InactiveL1 => "the L1 table of a snapshot",
+            Metadata::BitmapDirectory => "the bitmap directory",
         }
     }
 }
@@ -59,7 +64,17 @@ pub struct OverlapIndex {
     cluster_bits: u32,
     /// One bit for each hash of a cluster that was ever in the set.
     filter: Box<[AtomicU64]>,
-    clusters: RwLock<HashMap<u64, u8>>,
+    clusters: RwLock<HashMap<u64, Held>>,
+}
+
+/// What a cluster holds.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    /// Bits of [`Metadata`].
+    kinds: u8,
+    /// How many L1 entries name it as an L2 table: more than one, in a corrupt
+    /// image, and it stays one until the last of them is gone.
+    l2_tables: u32,
 }
 
 impl OverlapIndex {
@@ -81,17 +96,24 @@ impl OverlapIndex {
         (&self.filter[word], 1 << (hash >> 32 & 63))
     }
 
+    /// Memory that so many clusters take, in bytes.
+    pub fn bytes_for(clusters: u64) -> u64 {
+        clusters.saturating_mul(17)
+    }
+
     /// Memory held, in bytes.
     pub fn bytes(&self) -> u64 {
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
-        (self.filter.len() * 8 + clusters.capacity() * 17) as u64
+        self.filter.len() as u64 * 8 + OverlapIndex::bytes_for(clusters.capacity() as u64)
     }
 
     /// `bytes` from `offset` on hold metadata now.
     pub fn add(&self, offset: u64, bytes: u64, kind: Metadata) {
         let mut clusters = self.clusters.write().unwrap_or_else(PoisonError::into_inner);
         for cluster in self.clusters_of(offset, bytes) {
-            *clusters.entry(cluster).or_default() |= kind as u8;
+            let held = clusters.entry(cluster).or_default();
+            held.kinds |= kind as u8;
+            held.l2_tables += u32::from(kind == Metadata::L2);
             let (word, bit) = self.filter_bit(cluster);
             word.fetch_or(bit, Ordering::Release);
         }
@@ -101,16 +123,25 @@ impl OverlapIndex {
     pub fn remove(&self, offset: u64, bytes: u64, kind: Metadata) {
         let mut clusters = self.clusters.write().unwrap_or_else(PoisonError::into_inner);
         for cluster in self.clusters_of(offset, bytes) {
-            if let Some(kinds) = clusters.get_mut(&cluster) {
-                *kinds &= !(kind as u8);
-                if *kinds == 0 {
-                    clusters.remove(&cluster);
-                }
+            let Some(held) = clusters.get_mut(&cluster) else { continue };
+            if kind == Metadata::L2 && held.l2_tables > 1 {
+                held.l2_tables -= 1;
+                continue;
+            }
+            held.kinds &= !(kind as u8);
+            if held.kinds == 0 {
+                clusters.remove(&cluster);
             }
         }
     }
 
-    fn clusters_of(&self, offset: u64, bytes: u64) -> std::ops::Range<u64> {
+    /// Where the last cluster that holds metadata ends.
+    pub fn end(&self) -> u64 {
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.keys().max().map_or(0, |last| (last + 1) << self.cluster_bits)
+    }
+
+    fn clusters_of(&self, offset: u64, bytes: u64) -> Range<u64> {
         let end = offset.saturating_add(bytes).saturating_sub(1);
         let first = offset >> self.cluster_bits;
         if bytes == 0 { first..first } else { first..(end >> self.cluster_bits) + 1 }
@@ -124,13 +155,24 @@ impl OverlapIndex {
             return 0;
         }
         let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
-        clusters.get(&cluster).copied().unwrap_or(0)
+        clusters.get(&cluster).map_or(0, |held| held.kinds)
     }
 
     /// `Corrupt` if a write of data there would hit metadata.
     #[inline]
     pub fn check_data(&self, offset: u64, bytes: u64) -> Result<()> {
         self.check(offset, bytes, 0)
+    }
+
+    /// `Corrupt` if one of these clusters, which are to be freed, holds metadata:
+    /// an entry must have named it that had no right to.
+    pub fn check_free(&self, mut clusters: Range<u64>) -> Result<()> {
+        match clusters.find(|cluster| self.kinds(*cluster) != 0) {
+            Some(cluster) => {
+                Err(refusal(&format!("free host cluster {cluster}"), self.kinds(cluster)))
+            }
+            None => Ok(()),
+        }
     }
 
     /// `Corrupt` if a write of a table of this kind would hit metadata of another.
@@ -143,7 +185,7 @@ impl OverlapIndex {
         for cluster in self.clusters_of(offset, bytes) {
             let kinds = self.kinds(cluster) & !own;
             if kinds != 0 {
-                return Err(refusal(offset, bytes, kinds));
+                return Err(refusal(&format!("write {bytes} bytes at {offset:#x}"), kinds));
             }
         }
         Ok(())
@@ -151,12 +193,11 @@ impl OverlapIndex {
 }
 
 #[cold]
-fn refusal(offset: u64, bytes: u64, kinds: u8) -> Error {
+fn refusal(what: &str, kinds: u8) -> Error {
     let hit = Metadata::ALL.iter().find(|kind| kinds & **kind as u8 != 0);
     let name = hit.map_or("metadata", |kind| kind.name());
     Error::corrupt(format!(
-        "refused to write {bytes} bytes at {offset:#x}: {name} is there (the image is corrupt: \
-         qemu-img check)"
+        "refused to {what}: {name} is there (the image is corrupt: qemu-img check)"
     ))
 }
 
@@ -177,6 +218,18 @@ mod tests {
         assert!(index.check_table(0x30000, 8, Metadata::L1).is_ok());
         index.remove(0x30000, 8, Metadata::L1);
         assert!(index.check_data(0x30000, 8).is_ok());
+    }
+
+    #[test]
+    fn a_table_that_was_added_twice_must_be_removed_twice() {
+        let index = OverlapIndex::new(16, 0);
+        for _ in 0..2 {
+            index.add(0x30000, 0x10000, Metadata::L2);
+        }
+        index.remove(0x30000, 0x10000, Metadata::L2);
+        assert!(index.check_data(0x30000, 8).is_err() && index.check_free(2..4).is_err());
+        index.remove(0x30000, 0x10000, Metadata::L2);
+        assert!(index.check_data(0x30000, 8).is_ok() && index.check_free(2..4).is_ok());
     }
 
     #[test]

@@ -174,13 +174,15 @@ impl Refcounts {
     }
 
     /// Takes one reference from each cluster of a range. Returns how many are free
-    /// now, and the lowest of them. `Corrupt` where there was none to take.
+    /// now, and the lowest of them. `Corrupt` where there was none to take, and
+    /// for metadata, which has left the overlap index before it is freed.
     pub async fn lower<E: Engine>(
         &self,
         engine: &E,
         storage: &Storage,
         clusters: std::ops::Range<u64>,
     ) -> Result<(u64, Option<u64>)> {
+        self.overlap.check_free(clusters.clone())?;
         let (mut freed, mut lowest) = (0, None);
         let mut at = clusters.start;
         while at < clusters.end {

@@ -265,6 +265,15 @@ impl Header {
         self.geometry.extended_l2
     }
 
+    /// Memory for what the header may have any number of, in bytes.
+    pub fn extra_bytes(&self) -> u64 {
+        const EACH: usize = 32;
+        let Extensions { feature_names, unknown, .. } = &self.extensions;
+        let names = feature_names.iter().flatten().map(|name| name.name.len());
+        let lengths = names.chain(unknown.iter().map(|(_, data)| data.len()));
+        (lengths.map(|length| EACH + length).sum::<usize>() + self.unknown_fields.len()) as u64
+    }
+
     /// Autoclear bits that a program that does not know them, like this one,
     /// must clear before it writes to the image.
     pub fn unknown_autoclear(&self) -> u64 {

@@ -171,7 +171,7 @@ impl Disk {
             pieces.push(self.old_bytes(engine, part, data.end..run.end).await?);
         }
         let at = host.get() + (run.start - base);
-        part.writing.allocator.overlap.check_data(at, run.end - run.start)?;
+        part.writing.allocator.check_data(at, run.end - run.start)?;
         part.image.storage.write(engine, &pieces, at).await
     }
 }

@@ -19,9 +19,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, MAGIC};
 use crate::format::l2::L2Format;
-use crate::format::limits::{MAX_SNAPSHOT_TABLE_BYTES, OFFSET_MASK};
+use crate::format::limits::{MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, OFFSET_MASK};
 use crate::format::refcount::RefcountWidth;
-use crate::format::snapshot;
+use crate::format::snapshot::Snapshot;
 use crate::geometry::Geometry;
 use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::{Access, Source, Storage};
@@ -256,13 +256,15 @@ async fn open_qcow2<E: Engine>(
     let geometry = header.geometry;
     let size = header.virtual_size();
     check_size(size, options, &storage)?;
+    budget.take(header.extra_bytes(), "what is in the header", &storage)?;
 
     // CHECK_ONLY tolerates any damage: nothing but the header is looked at.
     let l1_entries = if options.check_only { 0 } else { header.l1_size as usize };
     budget.take(l1_entries as u64 * 8, "the L1 table", &storage)?;
-    let l1 =
-        L1Table::new(words_of(&read(engine, &storage, header.l1_offset, l1_entries * 8).await?));
-    let l2 = l2_cache(geometry, size, options, budget, &storage)?;
+    let table = read_table(engine, &storage, header.l1_offset, l1_entries).await?;
+    let l1 = L1Table::new(table.into_iter());
+    let mapped = if options.check_only { 0 } else { size };
+    let l2 = l2_cache(geometry, mapped, options, budget, &storage)?;
 
     let mut image = Qcow2 {
         storage,
@@ -323,15 +325,14 @@ async fn open_for_writing<E: Engine>(
 ) -> Result<Writing> {
     let Qcow2 { storage, header, .. } = image;
     let geometry = header.geometry;
-    refuse_enabled_bitmaps(engine, storage, header).await?;
+    refuse_enabled_bitmaps(engine, storage, header, budget).await?;
     let table_bytes = u64::from(header.reftable_clusters) * geometry.cluster_size();
     let cache = options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES);
     budget.take(table_bytes + cache, "the refcount table and its cache", storage)?;
-    let bytes = read(engine, storage, header.reftable_offset, table_bytes as usize).await?;
-    let table = Table { entries: words_of(&bytes).collect(), offset: header.reftable_offset };
-    // What the overlap index takes for each table.
-    budget.take(image.l1.len() as u64 * 17, "the index of L2 tables", storage)?;
-    let overlap = Arc::new(index_metadata(engine, image, &table).await?);
+    let offset = header.reftable_offset;
+    let entries = read_table(engine, storage, offset, table_bytes as usize / 8).await?;
+    let table = Table { entries, offset };
+    let overlap = Arc::new(index_metadata(engine, image, &table, budget).await?);
     let health = Arc::new(Health::default());
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts = Refcounts::new(geometry, width, table, cache, overlap.clone());
@@ -354,6 +355,7 @@ async fn index_metadata<E: Engine>(
     engine: &E,
     image: &Qcow2,
     table: &Table,
+    budget: &mut Budget,
 ) -> Result<OverlapIndex> {
     let Qcow2 { storage, header, l1, .. } = image;
     let size = header.geometry.cluster_size();
@@ -364,6 +366,8 @@ async fn index_metadata<E: Engine>(
         .map(|entry| entry & OFFSET_MASK)
         .filter(|offset| *offset != 0)
         .collect();
+    let room = image.l1.len() + blocks.len();
+    budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage)?;
     let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
     index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
     index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
@@ -382,20 +386,53 @@ async fn index_metadata<E: Engine>(
     for offset in sorted {
         index.add(offset, size, Metadata::RefcountBlock);
     }
-    if header.snapshot_count > 0 {
-        let length = storage.length()?.saturating_sub(header.snapshots_offset);
-        // Each entry has two strings of at most 64 KiB.
-        let most = u64::from(header.snapshot_count) * (40 + 1024 + 2 * 65536);
-        let bytes = length.min(most).min(MAX_SNAPSHOT_TABLE_BYTES) as usize;
-        let bytes = read(engine, storage, header.snapshots_offset, bytes).await?;
-        let (snapshots, used) = snapshot::parse_table(&bytes, header.snapshot_count)
-            .map_err(|error| error.context(storage.name().to_owned()))?;
-        index.add(header.snapshots_offset, used as u64, Metadata::SnapshotTable);
-        for entry in snapshots {
-            index.add(entry.l1_offset, u64::from(entry.l1_size) * 8, Metadata::InactiveL1);
-        }
+    if let Some(bitmaps) = &header.extensions.bitmaps {
+        index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
     }
+    index_snapshots(engine, image, &index, budget)
+        .await
+        .map_err(|error| error.context(storage.name().to_owned()))?;
     Ok(index)
+}
+
+/// The snapshot table, read piece by piece, and the L1 tables that it names.
+async fn index_snapshots<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    index: &OverlapIndex,
+    budget: &mut Budget,
+) -> Result<()> {
+    /// With the padding before it and all that may vary.
+    const LONGEST_ENTRY: usize = 8 + 40 + MAX_SNAPSHOT_EXTRA as usize + 2 * 65535;
+    const PIECE: u64 = 256 << 10;
+    let Qcow2 { storage, header, .. } = image;
+    let length = storage.length()?.saturating_sub(header.snapshots_offset);
+    // A piece, where it begins in the table, and how far it is used.
+    let (mut piece, mut start, mut used) = (Vec::new(), 0, 0);
+    for number in 0..header.snapshot_count {
+        let at = (start + used as u64).next_multiple_of(8);
+        let unread = length.saturating_sub(start + piece.len() as u64);
+        if unread > 0 && piece.len() - used < LONGEST_ENTRY {
+            let bytes = PIECE.min(length.saturating_sub(at)) as usize;
+            piece = read(engine, storage, header.snapshots_offset + at, bytes).await?;
+            (start, used) = (at, 0);
+        }
+        let found = Snapshot::parse_next(&piece, used)
+            .map_err(|error| error.context(format!("entry {number} of the snapshot table")))?;
+        let end = found.as_ref().map_or(0, |(_, end)| start + *end as u64);
+        let (Some((snapshot, next)), ..=MAX_SNAPSHOT_TABLE_BYTES) = (found, end) else {
+            let text = format!("the snapshot table ends, or is too large, at entry {number}");
+            return Err(Error::corrupt(text));
+        };
+        used = next;
+        let bytes = u64::from(snapshot.l1_size) * 8;
+        let clusters = header.geometry.clusters_for(bytes) + 1;
+        let room = OverlapIndex::bytes_for(clusters);
+        budget.take(room, "the index of the snapshots' L1 tables", storage)?;
+        index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
+    }
+    index.add(header.snapshots_offset, start + used as u64, Metadata::SnapshotTable);
+    Ok(())
 }
 
 /// Bitmaps that record writes would go stale: this build does not keep them.
@@ -403,8 +440,10 @@ async fn refuse_enabled_bitmaps<E: Engine>(
     engine: &E,
     storage: &Storage,
     header: &Header,
+    budget: &mut Budget,
 ) -> Result<()> {
     let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
+    budget.take(bitmaps.directory_size, "the bitmap directory", storage)?;
     let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
     let entries = parse_directory(&bytes.await?, bitmaps.count)
         .map_err(|error| error.context(storage.name().to_owned()))?;
@@ -434,6 +473,24 @@ async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Re
     let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
     image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
     image.storage.sync(engine).await
+}
+
+/// Reads a table of 8-byte entries, in pieces, so that hardly more memory is taken
+/// than it needs in the end.
+async fn read_table<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    offset: u64,
+    entries: usize,
+) -> Result<Vec<u64>> {
+    const PIECE: usize = 128 << 10;
+    let mut table = Vec::with_capacity(entries);
+    while table.len() < entries {
+        let count = PIECE.min(entries - table.len());
+        let at = offset + table.len() as u64 * 8;
+        table.extend(words_of(&read(engine, storage, at, count * 8).await?));
+    }
+    Ok(table)
 }
 
 /// Reads metadata; what lies past the end of the file is zero.

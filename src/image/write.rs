@@ -156,7 +156,7 @@ impl Disk {
             let (Subcluster::Normal, true, Some(host)) = (run.kind, run.copied, run.host) else {
                 return Ok(0);
             };
-            writing.allocator.overlap.check_data(host.get(), run.len)?;
+            writing.allocator.check_data(host.get(), run.len)?;
             let pieces = [data.sub(done, run.len as usize)];
             image.storage.write(engine, &pieces, host.get()).await?;
             return Ok(run.len as usize);
@@ -326,7 +326,7 @@ impl Disk {
         let edges = self.edges(engine, part, fresh).await?;
         let at = host.get() + start - edges.head.as_ref().map_or(0, Piece::len) as u64;
         let data = part.data.clone();
-        part.writing.allocator.overlap.check_data(at, edges.bytes(&data))?;
+        part.writing.allocator.check_data(at, edges.bytes(&data))?;
         let storage = &part.image.storage;
         match (edges.head, edges.tail) {
             (None, None) => storage.write(engine, &[data], at).await?,

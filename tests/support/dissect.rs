@@ -49,6 +49,11 @@ impl Dissected {
         Dissected { bytes: std::fs::read(path).unwrap(), path: path.to_owned() }
     }
 
+    /// An image that is in memory only.
+    pub fn of(bytes: Vec<u8>) -> Dissected {
+        Dissected { bytes, path: PathBuf::new() }
+    }
+
     pub fn save(&self) {
         std::fs::write(&self.path, &self.bytes).unwrap();
     }

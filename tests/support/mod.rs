@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each test uses its part of it.
 
 pub mod dissect;
+pub mod memory_disk;
 pub mod operations;
 pub mod refcounts;
 

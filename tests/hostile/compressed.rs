@@ -1,0 +1,116 @@
+//! Compressed clusters: descriptors that lead astray, data that is none.
+
+use qcow2rs::format::compressed::deflate;
+use qcow2rs::{ErrorKind, WriteFlags};
+
+use crate::images::{Kind, MEMORY, image, open, options};
+use crate::memory::peak;
+use crate::support::dissect::{COMPRESSED, Dissected};
+use crate::support::memory_disk::MemoryDisk;
+
+/// Guest cluster 0 is compressed, at these bytes of the file.
+fn aimed(image: &mut Dissected, offset: u64, sectors: u64) {
+    let width = 62 - (image.cluster_bits() - 8);
+    assert!(offset < 1 << width);
+    image.set_entry(0, (COMPRESSED | ((sectors - 1) << width) | offset, 0));
+}
+
+/// Puts deflate data at the end of the file, as guest cluster 0.
+fn stored(image: &mut Dissected, data: &[u8]) {
+    let at = image.bytes.len().next_multiple_of(image.cluster_size() as usize);
+    image.put(at, data);
+    aimed(image, at as u64, (data.len() as u64).div_ceil(512));
+}
+
+fn read(spoiled: &Dissected) -> Result<Vec<u8>, ErrorKind> {
+    let disk = MemoryDisk::new(&spoiled.bytes);
+    let image = open(&disk, &options(false)).unwrap();
+    let mut data = vec![0xee; spoiled.cluster_size() as usize];
+    let (done, bytes) = peak(|| image.read_at(&mut data, 0));
+    assert!(bytes < MEMORY / 4, "{bytes}");
+    done.map(|()| data).map_err(|error| error.kind())
+}
+
+/// Writing fails as well, and the corrupt bit is all that changes.
+fn refuses_a_write(spoiled: &Dissected) {
+    let disk = MemoryDisk::new(&spoiled.bytes);
+    let image = open(&disk, &options(true)).unwrap();
+    let error = image.write_at(&[1; 100], 5, WriteFlags::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    let _ = image.close();
+    let after = Dissected::of(disk.bytes());
+    assert!(after.is_marked_corrupt());
+    assert_eq!(after.entry(0), spoiled.entry(0));
+}
+
+#[test]
+fn descriptors_that_lead_to_the_header_or_past_the_end() {
+    for kind in [Kind::Compressed, Kind::Extended] {
+        let end = image(kind).bytes.len() as u64;
+        for offset in [0, 5, image(kind).cluster_size() - 1, end, 1 << 40, (1 << 54) - 1] {
+            let mut spoiled = image(kind);
+            let sectors = 1 << (spoiled.cluster_bits() - 8);
+            aimed(&mut spoiled, offset, sectors);
+            assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt), "{kind:?}: {offset:#x}");
+            refuses_a_write(&spoiled);
+        }
+    }
+}
+
+#[test]
+fn data_that_is_no_deflate_stream() {
+    for data in [&[0xff; 512][..], &[0; 512], &[7; 4096], b"\x78\x9c zlib has a header"] {
+        let mut spoiled = image(Kind::Compressed);
+        stored(&mut spoiled, data);
+        assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt));
+        refuses_a_write(&spoiled);
+    }
+}
+
+#[test]
+fn data_for_less_than_a_cluster_is_no_cluster() {
+    let mut packed = [0; 512];
+    let length = deflate(&[9; 4095], &mut packed).unwrap();
+    let mut spoiled = image(Kind::Compressed);
+    stored(&mut spoiled, &packed[..length]);
+    assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt));
+    refuses_a_write(&spoiled);
+}
+
+#[test]
+fn a_bomb_fills_one_cluster() {
+    // 32 MiB of zeroes in 32 KiB of deflate: as much as a descriptor may name.
+    let mut packed = vec![0; 64 << 10];
+    let length = deflate(&vec![0; 32 << 20], &mut packed).unwrap();
+    for (kind, room) in [(Kind::Compressed, 4096), (Kind::Extended, 32 << 10)] {
+        let mut spoiled = image(kind);
+        stored(&mut spoiled, &packed[..length.min(room)]);
+        assert!(read(&spoiled).unwrap().iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
+fn compressed_data_with_extended_entries_ignores_the_bitmap() {
+    let mut packed = [0; 512];
+    deflate(&[9; 16 << 10], &mut packed).unwrap();
+    let mut spoiled = image(Kind::Extended);
+    stored(&mut spoiled, &packed);
+    let entry = spoiled.entry(0).0;
+    for bitmap in [u64::MAX, 1, 1 << 63] {
+        spoiled.set_entry(0, (entry, bitmap));
+        assert!(read(&spoiled).unwrap().iter().all(|byte| *byte == 9));
+    }
+}
+
+#[test]
+fn compressed_clusters_that_share_metadata_do_not_free_it() {
+    let mut spoiled = image(Kind::Compressed);
+    let table = spoiled.l1(0) & crate::support::dissect::OFFSET;
+    aimed(&mut spoiled, table + 100, 3);
+    let disk = MemoryDisk::new(&spoiled.bytes);
+    let image = open(&disk, &options(true)).unwrap();
+    image.discard(0, 4096).unwrap();
+    assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::Corrupt);
+    let _ = image.close();
+    assert_eq!(Dissected::of(disk.bytes()).refcount(table / 4096), 1);
+}

@@ -1,0 +1,152 @@
+//! A disk in memory behind callbacks. It counts what is asked of it, may answer
+//! reads with other bytes than it has, and is never longer than it was told.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use qcow2rs::Source;
+use qcow2rs::io::callbacks::{Abilities, Callbacks, UserIo, UserResult};
+use qcow2rs::io::sim::{GuestMut, GuestRef};
+
+const ENOSPC: i32 = 28;
+/// Few tests need more, and a write behind it is a mistake.
+const MAX_LENGTH: usize = 64 << 20;
+
+/// Changes what a read of so many bytes at an offset returns.
+pub type Lie = Box<dyn Fn(&mut [u8], u64) + Send + Sync>;
+
+/// The disk; clones are the same one.
+#[derive(Clone)]
+pub struct MemoryDisk(Arc<Inner>);
+
+struct Inner {
+    state: Mutex<State>,
+    lie: Option<Lie>,
+    reads: AtomicU64,
+    bytes_read: AtomicU64,
+    writes: AtomicU64,
+}
+
+struct State {
+    /// With room for all that it may become: growing takes no memory.
+    bytes: Vec<u8>,
+    /// What it says of its length, which may be more than it stores.
+    length: u64,
+}
+
+impl MemoryDisk {
+    pub fn new(bytes: &[u8]) -> MemoryDisk {
+        MemoryDisk::build(bytes, None)
+    }
+
+    /// A disk that does not return what was written to it.
+    pub fn lying(bytes: &[u8], lie: Lie) -> MemoryDisk {
+        MemoryDisk::build(bytes, Some(lie))
+    }
+
+    fn build(bytes: &[u8], lie: Option<Lie>) -> MemoryDisk {
+        let mut room = Vec::with_capacity(MAX_LENGTH.max(bytes.len()));
+        room.extend_from_slice(bytes);
+        let state = Mutex::new(State { bytes: room, length: bytes.len() as u64 });
+        let (reads, bytes_read, writes) = Default::default();
+        MemoryDisk(Arc::new(Inner { state, lie, reads, bytes_read, writes }))
+    }
+
+    /// Makes it look longer: the rest reads as zero.
+    pub fn with_length(self, length: u64) -> MemoryDisk {
+        self.state().length = length;
+        self
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn source(&self) -> Arc<Source> {
+        Source::callbacks(Callbacks::new(Box::new(self.clone()), false))
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    pub fn length(&self) -> u64 {
+        self.state().length
+    }
+
+    /// Calls, and bytes, so far.
+    pub fn reads(&self) -> (u64, u64) {
+        (self.0.reads.load(Relaxed), self.0.bytes_read.load(Relaxed))
+    }
+
+    pub fn writes(&self) -> u64 {
+        self.0.writes.load(Relaxed)
+    }
+}
+
+impl UserIo for MemoryDisk {
+    fn abilities(&self) -> Abilities {
+        Abilities { write: true, truncate: true, discard: false, write_zeroes: true }
+    }
+
+    fn read(&self, to: GuestMut<'_>, offset: u64) -> UserResult<()> {
+        self.0.reads.fetch_add(1, Relaxed);
+        self.0.bytes_read.fetch_add(to.len() as u64, Relaxed);
+        let state = self.state();
+        to.fill_zero();
+        let start = offset.min(state.bytes.len() as u64) as usize;
+        let end = offset.saturating_add(to.len() as u64).min(state.bytes.len() as u64) as usize;
+        match &self.0.lie {
+            None => to.copy_from(0, &state.bytes[start..end]),
+            Some(lie) => {
+                let mut answer = vec![0; to.len()];
+                answer[..end - start].copy_from_slice(&state.bytes[start..end]);
+                lie(&mut answer, offset);
+                to.copy_from(0, &answer);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, from: GuestRef<'_>, offset: u64) -> UserResult<()> {
+        self.0.writes.fetch_add(1, Relaxed);
+        let end = offset.checked_add(from.len() as u64).filter(|end| *end <= MAX_LENGTH as u64);
+        let (start, end) = (offset as usize, end.ok_or(ENOSPC)? as usize);
+        let mut state = self.state();
+        let length = state.bytes.len().max(end);
+        state.bytes.resize(length, 0);
+        state.length = state.length.max(end as u64);
+        from.copy_to(0, &mut state.bytes[start..end]);
+        Ok(())
+    }
+
+    fn length(&self) -> UserResult<u64> {
+        Ok(self.state().length)
+    }
+
+    fn flush(&self) -> UserResult<()> {
+        Ok(())
+    }
+
+    fn truncate(&self, length: u64) -> UserResult<()> {
+        let mut state = self.state();
+        if length > MAX_LENGTH as u64 {
+            return Err(ENOSPC);
+        }
+        state.bytes.resize(length as usize, 0);
+        state.length = length;
+        Ok(())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> UserResult<()> {
+        unreachable!("there is no such ability")
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, _: bool) -> UserResult<()> {
+        let mut state = self.state();
+        let there = state.bytes.len() as u64;
+        let end = offset.saturating_add(length).min(there);
+        state.bytes[offset.min(there) as usize..end as usize].fill(0);
+        Ok(())
+    }
+}
