@@ -164,4 +164,28 @@ impl Op {
             Op::Flush => {}
         }
     }
+
+    /// On a byte array, after the library did it: where a discard leaves us a
+    /// choice, what we chose is looked at.
+    pub fn follow(&self, case: &Case, image: &Image, bytes: &mut [u8]) {
+        match *self {
+            Op::Discard { at, len } => follow_discard(image, at, len, bytes),
+            _ => self.model(case, bytes),
+        }
+    }
+}
+
+/// Each sector of a discarded range reads as before or as zero; the model follows.
+fn follow_discard(image: &Image, at: u64, len: u64, model: &mut [u8]) {
+    let now = super::read(image, at, len);
+    let model = &mut model[at as usize..(at + len) as usize];
+    let first = (512 - at % 512).min(len) as usize;
+    let sectors = std::iter::once(0..first)
+        .chain((first..now.len()).step_by(512).map(|start| start..now.len().min(start + 512)));
+    for sector in sectors {
+        let (new, old) = (&now[sector.clone()], &model[sector.clone()]);
+        let zero = new.iter().all(|byte| *byte == 0);
+        assert!(zero || new == old, "foreign bytes {:#x} after a discarded offset", sector.start);
+    }
+    model.copy_from_slice(&now);
 }
