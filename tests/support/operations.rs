@@ -55,8 +55,8 @@ impl Case {
         content
     }
 
-    /// Makes an empty image; the backing file is there already.
-    pub fn create(&self, image: &Path) {
+    /// As behind `-o` of `qemu-img`, without a backing file.
+    pub fn options(&self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
         let mut options = format!("compat={compat},cluster_size={}", self.cluster_size);
         if self.version > 2 {
@@ -65,6 +65,12 @@ impl Case {
         if self.extended_l2 {
             options += ",extended_l2=on";
         }
+        options
+    }
+
+    /// Makes an empty image; the backing file is there already.
+    pub fn create(&self, image: &Path) {
+        let mut options = self.options();
         match self.backing {
             Backing::None => {}
             Backing::Raw(_) => options += ",backing_file=base,backing_fmt=raw",
