@@ -432,6 +432,47 @@ fn the_last_compressed_cluster_may_end_where_the_file_does() {
     qemu_io(&whole, &["read -P 2 64k 64k".into()]);
 }
 
+/// Damaged data is not damaged metadata: the rest of the disk stays in use, and
+/// what replaces all of the cluster needs nothing of it.
+#[test]
+fn damaged_data_does_not_condemn_the_image() {
+    for options in ["", "extended_l2=on"] {
+        let scratch = Scratch::new();
+        let (path, mut content) = packed(&scratch, options);
+        Dissected::patch(&path, |image| {
+            for cluster in 0..3 {
+                let (offset, _) = image.compressed(image.entry(cluster).0);
+                // A block type that does not exist.
+                image.put(offset as usize, &[0x07]);
+            }
+        });
+        let before = Dissected::load(&path);
+        let image = open_rw(&path);
+        let mut buf = vec![0; 512];
+        for at in [0, CLUSTER, 2 * CLUSTER] {
+            assert_eq!(image.read_at(&mut buf, at).unwrap_err().errno(), libc::EIO);
+            let refused = image.write_at(&[9; 512], at, WriteFlags::default()).unwrap_err();
+            assert_eq!(refused.errno(), libc::EIO);
+        }
+        image.write_at(&[9; 512], 4 * CLUSTER, WriteFlags::default()).unwrap();
+        image.close().unwrap();
+        qemu_img_check(&path);
+        assert_exact(&path);
+        let after = Dissected::load(&path);
+        assert!(!after.is_marked_corrupt());
+        assert!((0..4).all(|cluster| after.entry(cluster) == before.entry(cluster)));
+        change(&path, |image| {
+            image.write_at(&[8; 65536], 0, WriteFlags::default()).unwrap();
+            image.write_zeroes(CLUSTER, CLUSTER, ZeroFlags::default()).unwrap();
+            image.discard(2 * CLUSTER, CLUSTER).unwrap();
+        });
+        content[..CLUSTER as usize].fill(8);
+        content[CLUSTER as usize..3 * CLUSTER as usize].fill(0);
+        content[4 * CLUSTER as usize..][..512].fill(9);
+        assert_content(&open(&path), &content);
+    }
+}
+
 #[test]
 fn compressed_data_in_the_headers_cluster_is_corruption() {
     let scratch = Scratch::new();
