@@ -3,8 +3,9 @@
 use std::sync::{Arc, PoisonError};
 
 use super::disk::{Disk, Inflated, Layer, Located};
+use super::disk::{Disk, Inflated, Layer, Located};
 use crate::alloc::epoch::Inside;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::{self, Compressed};
 use crate::format::subcluster::Subcluster;
 use crate::geometry::GuestOffset;
@@ -143,9 +144,10 @@ impl Disk {
         image.storage.read(engine, Target::Block(input.clone()), data.offset).await?;
         let mut output = vec![0; size];
         compressed::inflate(&input.to_vec(), &mut output).map_err(|error| {
+            // Lost data, not wrong metadata: the rest of the image is as good as before.
             let name = image.storage.name();
-            let error = error.context(format!("{name}: compressed cluster at {:#x}", data.offset));
-            if layer > 0 { error.mark_from_below() } else { error }
+            let context = format!("{name}: compressed cluster at {:#x}", data.offset);
+            error.wrap_as(ErrorKind::Os(libc::EIO), context)
         })?;
         let bytes: Arc<[u8]> = output.into();
         *remembered() = Some(Inflated { layer, data, bytes: bytes.clone() });

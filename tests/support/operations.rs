@@ -55,8 +55,8 @@ impl Case {
         content
     }
 
-    /// Makes an empty image; the backing file is there already.
-    pub fn create(&self, image: &Path) {
+    /// As behind `-o` of `qemu-img`, without a backing file.
+    pub fn options(&self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
         let mut options = format!("compat={compat},cluster_size={}", self.cluster_size);
         if self.version > 2 {
@@ -65,6 +65,12 @@ impl Case {
         if self.extended_l2 {
             options += ",extended_l2=on";
         }
+        options
+    }
+
+    /// Makes an empty image; the backing file is there already.
+    pub fn create(&self, image: &Path) {
+        let mut options = self.options();
         match self.backing {
             Backing::None => {}
             Backing::Raw(_) => options += ",backing_file=base,backing_fmt=raw",
@@ -164,4 +170,28 @@ impl Op {
             Op::Flush => {}
         }
     }
+
+    /// On a byte array, after the library did it: where a discard leaves us a
+    /// choice, what we chose is looked at.
+    pub fn follow(&self, case: &Case, image: &Image, bytes: &mut [u8]) {
+        match *self {
+            Op::Discard { at, len } => follow_discard(image, at, len, bytes),
+            _ => self.model(case, bytes),
+        }
+    }
+}
+
+/// Each sector of a discarded range reads as before or as zero; the model follows.
+fn follow_discard(image: &Image, at: u64, len: u64, model: &mut [u8]) {
+    let now = super::read(image, at, len);
+    let model = &mut model[at as usize..(at + len) as usize];
+    let first = (512 - at % 512).min(len) as usize;
+    let sectors = std::iter::once(0..first)
+        .chain((first..now.len()).step_by(512).map(|start| start..now.len().min(start + 512)));
+    for sector in sectors {
+        let (new, old) = (&now[sector.clone()], &model[sector.clone()]);
+        let zero = new.iter().all(|byte| *byte == 0);
+        assert!(zero || new == old, "foreign bytes {:#x} after a discarded offset", sector.start);
+    }
+    model.copy_from_slice(&now);
 }
