@@ -6,6 +6,7 @@
 
 mod scene;
 
+mod durability;
 mod races;
 
 use super::builder::Kind;
