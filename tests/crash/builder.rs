@@ -30,6 +30,8 @@ pub enum Cluster {
         alloc: u32,
         zero: u32,
     },
+    /// Zero, with a host cluster to write to.
+    Reserved,
     Compressed(Vec<u8>),
 }
 
@@ -92,6 +94,10 @@ impl Builder {
                 let flag = u64::from(!self.kind.extended_l2 && zero != 0);
                 (host | copied | flag, u64::from(zero) << 32 | u64::from(alloc))
             }
+            Cluster::Reserved => match self.kind.extended_l2 {
+                true => (self.take(size) | copied, u64::from(u32::MAX) << 32),
+                false => (self.take(size) | copied | 1, 0),
+            },
             Cluster::Data { zero, .. } => {
                 (u64::from(!self.kind.extended_l2 && zero != 0), u64::from(zero) << 32)
             }

@@ -11,3 +11,6 @@ mod oracle;
 mod qemu;
 mod random;
 mod scenario;
+mod schedules;
+#[path = "../support/mod.rs"]
+mod support;

@@ -120,6 +120,11 @@ impl Oracle {
         self.clock
     }
 
+    /// The word that the next change, if it is a write, will put into a sector.
+    pub fn upcoming(&self, sector: u64) -> Word {
+        word(self.next_tag, sector)
+    }
+
     /// A change is about to be asked for.
     pub fn begin(&mut self, change: Change, sectors: Range<u64>) -> Ticket {
         let (issued, tag) = (self.tick(), self.next_tag);

@@ -42,7 +42,7 @@ fn run(family: u64, configs: &[Config]) {
     assert!(crashes >= rounds, "hardly any crashes");
 }
 
-const SMALL: Kind = Kind {
+pub const SMALL: Kind = Kind {
     version: 3,
     cluster: 512,
     extended_l2: false,
@@ -53,7 +53,7 @@ const SMALL: Kind = Kind {
     crowded: false,
 };
 
-fn config(kind: Kind) -> Config {
+pub fn config(kind: Kind) -> Config {
     let slice = kind.cluster.min(4096);
     Config {
         kind,

@@ -56,7 +56,13 @@ pub struct Failure {
     disks: Vec<SimDisk>,
 }
 
-type Verdict = Result<(), Failure>;
+pub type Verdict = Result<(), Failure>;
+
+impl Failure {
+    pub fn on(disk: &SimDisk, what: String) -> Failure {
+        Failure { what, disks: vec![disk.clone()] }
+    }
+}
 
 /// Something went wrong in this life or in one that followed.
 #[derive(Clone)]
@@ -216,8 +222,9 @@ impl Scenario {
         self.live(disk, oracle, 2, &mut rng)
     }
 
-    /// Opens the image, uses it, closes it.
-    fn live(&self, disk: SimDisk, oracle: Oracle, depth: u32, rng: &mut Rng) -> Verdict {
+    /// Opens the image, uses it, closes it; up to `depth` crashes may follow upon
+    /// one another.
+    pub fn live(&self, disk: SimDisk, oracle: Oracle, depth: u32, rng: &mut Rng) -> Verdict {
         let interval = *rng.pick(&[20, 100, 500]);
         let crashes = if depth == 2 { 8 } else { rng.below(2) * u64::from(depth) };
         let life = Life {
@@ -232,7 +239,7 @@ impl Scenario {
             rng: RefCell::new(rng.fork()),
         };
         life.pass().map_err(|trouble| match trouble {
-            Trouble::Here(what) => Failure { what, disks: vec![disk] },
+            Trouble::Here(what) => Failure::on(&disk, what),
             Trouble::Later(mut failure) => {
                 failure.disks.push(disk);
                 failure
@@ -612,7 +619,9 @@ impl Scenario {
             Ok(()) => writeln!(text, "images and what happened to them: {}", dir.display()),
             Err(error) => writeln!(text, "nothing could be kept: {error}"),
         };
-        let _ = writeln!(text, "again: QCOW2RS_SEED={} cargo test --test crash random", self.seed);
+        let thread = std::thread::current();
+        let test = thread.name().unwrap_or_default();
+        let _ = writeln!(text, "again: QCOW2RS_SEED={} cargo test --test crash {test}", self.seed);
         text
     }
 }

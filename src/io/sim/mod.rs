@@ -99,6 +99,7 @@ impl SimDisk {
             pattern,
             stage,
             active: true,
+            closed: false,
             caught: false,
             idle: false,
             waiters,
@@ -126,6 +127,11 @@ impl Hold {
             hold.waiters.push(context.waker().clone());
             Poll::Pending
         })
+    }
+
+    /// Catches nothing more; what is held stays so.
+    pub fn close(&self) {
+        self.disk.world().holds[self.index].closed = true;
     }
 
     /// Lets go of what is held, and catches nothing more.

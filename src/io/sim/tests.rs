@@ -523,3 +523,22 @@ fn files_go_out_and_in() {
     disk.block_on(write(&again, 0, &[1])).unwrap();
     assert!(!again.same_bytes(&file));
 }
+
+#[test]
+fn a_closed_hold_keeps_what_it_caught_and_lets_the_rest_pass() {
+    for seed in 0..20 {
+        let disk = SimDisk::new(seed);
+        let file = file_of(&disk, 2);
+        let hold = disk.hold(Pattern::any().kind(OpKind::Write), Stage::Apply);
+        let held = Task::new("held", async { write(&file, 0, &[1; 512]).await.unwrap() });
+        let other = Task::new("other", async {
+            assert!(hold.caught().await);
+            hold.close();
+            write(&file, 512, &[2; 512]).await.unwrap();
+            assert_eq!(tags(&disk), [0, 2]);
+            hold.release();
+        });
+        assert_eq!(disk.run(vec![held, other]), Outcome::Done);
+        assert_eq!(tags(&disk), [1, 2]);
+    }
+}

@@ -69,6 +69,8 @@ pub(super) struct HoldState {
     pub(super) pattern: Pattern,
     pub(super) stage: Stage,
     pub(super) active: bool,
+    /// It keeps what it has caught and catches nothing more.
+    pub(super) closed: bool,
     /// Whether an operation was caught.
     pub(super) caught: bool,
     /// Nothing else can go on: who waits for a catch waits in vain.
@@ -145,7 +147,7 @@ impl World {
         });
         let mut hold = None;
         for (index, h) in self.holds.iter_mut().enumerate() {
-            if h.active && h.pattern.matches(kind, name, range.clone(), &bytes) {
+            if h.active && !h.closed && h.pattern.matches(kind, name, range.clone(), &bytes) {
                 hold = Some(index);
             }
         }

@@ -1,0 +1,219 @@
+//! What is on the medium, and in which order it gets there: a crash after every
+//! few steps of what would go wrong if one sync were missing.
+
+use qcow2rs::io::sim::{Fault, OpKind, Pattern, Task};
+use qcow2rs::{ErrorKind, Result};
+
+use super::super::builder::Kind;
+use super::super::random::config;
+use super::scene::{Before, Scene};
+use super::{extended, over_backing, play, tiny};
+
+fn kind(result: Result<()>) -> ErrorKind {
+    result.expect_err("it should fail").kind()
+}
+
+#[test]
+fn a_freed_cluster_is_not_used_again_before_its_drop_is_durable() {
+    play(|seed| {
+        let scene = Scene::new(&tiny(), seed, |cluster| match cluster {
+            0..8 => Before::Stored,
+            8..16 => Before::Compressed,
+            _ => Before::Nothing,
+        });
+        scene.run_crashing(
+            40,
+            vec![Task::new("guest", async {
+                // Freed by a discard, by zeroes, by being rewritten elsewhere. The
+                // L2 cache is too small: some of it is written back early.
+                scene.discard(scene.cluster(1)).await.unwrap();
+                scene.zero(scene.cluster(2), true).await.unwrap();
+                scene.write_clusters(8..12).await.unwrap();
+                scene.write_clusters(64..256).await.unwrap();
+                scene.discard(scene.cluster(5)).await.unwrap();
+                scene.write_clusters(20..60).await.unwrap();
+            })],
+        );
+        scene.read_all();
+        scene.crash(2);
+        scene.close();
+    });
+}
+
+#[test]
+fn what_is_copied_is_durable_before_the_entry_that_points_to_it() {
+    play(|seed| {
+        for config in over_backing() {
+            let scene = Scene::new(&config, seed, |cluster| match cluster % 4 {
+                0 => Before::Compressed,
+                _ => Before::Nothing,
+            });
+            let clusters = config.kind.clusters();
+            let part = async |cluster| {
+                let start = scene.cluster(cluster).start;
+                scene.write(start..start + 1).await.unwrap();
+            };
+            scene.run_crashing(
+                4,
+                vec![
+                    Task::new("first half", async {
+                        for cluster in 0..6 {
+                            part(cluster).await;
+                        }
+                        scene.flush().await.unwrap();
+                    }),
+                    Task::new("second half", async {
+                        for cluster in clusters / 2..clusters / 2 + 6 {
+                            part(cluster).await;
+                            if cluster % 3 == 2 {
+                                scene.flush().await.unwrap();
+                            }
+                        }
+                    }),
+                ],
+            );
+            scene.read_all();
+            scene.crash(2);
+            scene.close();
+        }
+    });
+}
+
+#[test]
+fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
+    play(|seed| {
+        for kind in [tiny().kind, extended().kind] {
+            let config = config(Kind { snapshot: true, size: kind.size / 2, ..kind });
+            let clusters = config.kind.clusters();
+            let at = |cluster| if cluster % 2 == 0 { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            scene.run_crashing(
+                8,
+                vec![Task::new("guest", async {
+                    for cluster in (0..clusters).step_by(clusters as usize / 4) {
+                        let start = scene.cluster(cluster).start;
+                        scene.write(start..start + 1).await.unwrap();
+                        scene.write(scene.cluster(cluster + 1)).await.unwrap();
+                        scene.flush().await.unwrap();
+                        scene.discard(scene.cluster(cluster + 2)).await.unwrap();
+                    }
+                })],
+            );
+            scene.read_all();
+            scene.crash(2);
+            scene.close();
+        }
+    });
+}
+
+#[test]
+fn refcount_blocks_and_larger_tables_are_complete_before_they_are_named() {
+    play(|seed| {
+        for crowded in [false, true] {
+            let config = config(Kind { crowded, ..tiny().kind });
+            let scene = Scene::new(&config, seed, |_| Before::Nothing);
+            scene.run_crashing(
+                24,
+                vec![Task::new("guest", async {
+                    scene.write_clusters(0..64).await.unwrap();
+                    scene.flush().await.unwrap();
+                    scene.write_clusters(64..200).await.unwrap();
+                    scene.flush().await.unwrap();
+                })],
+            );
+            scene.read_all();
+            scene.crash(1);
+            scene.close();
+        }
+    });
+}
+
+#[test]
+fn a_second_crash_while_the_first_is_recovered_from_does_no_more_harm() {
+    play(|seed| {
+        let scene = Scene::new(&tiny(), seed, |cluster| match cluster {
+            0..8 => Before::Stored,
+            _ => Before::Nothing,
+        });
+        scene.play(async {
+            scene.write_clusters(16..40).await.unwrap();
+            scene.flush().await.unwrap();
+            scene.discard(scene.cluster(20)).await.unwrap();
+            scene.write_clusters(100..140).await.unwrap();
+        });
+        // What was written and lost lies where the next life allocates.
+        for _ in 0..4 {
+            let second = scene.crash_and_open();
+            second.run_crashing(
+                16,
+                vec![Task::new("guest", async {
+                    second.write_clusters(200..204).await.unwrap();
+                    second.zero(second.cluster(17), true).await.unwrap();
+                    second.settle().await.unwrap();
+                })],
+            );
+            second.crash(1);
+            let third = second.crash_and_open();
+            third.read_all();
+            third.play(third.settle()).unwrap();
+            third.crash_quick();
+        }
+    });
+}
+
+#[test]
+fn bits_that_a_writer_must_clear_are_clear_before_anything_changes() {
+    const AUTOCLEAR: usize = 88;
+    play(|seed| {
+        let patch = |image: &mut Vec<u8>| image[AUTOCLEAR] = 0x80;
+        let scene = Scene::with(&tiny(), seed, |_| {}, patch, |_| Before::Stored);
+        let autoclear = |scene: &Scene| scene.file().bytes()[AUTOCLEAR];
+        assert_eq!(autoclear(&scene), 0);
+        for _ in 0..20 {
+            assert_eq!(autoclear(&scene.crash_and_open()), 0);
+            let after = scene.disk.crash(qcow2rs::io::sim::Crash::Power { unit: 512 }, seed);
+            assert_eq!(after.file("image").unwrap().bytes()[AUTOCLEAR], 0, "not durable");
+        }
+        scene.close();
+    });
+}
+
+#[test]
+fn after_a_failed_sync_nothing_is_taken_for_durable() {
+    play(|seed| {
+        let scene = Scene::new(&tiny(), seed, |_| Before::Stored);
+        scene.play(async {
+            scene.write(0..4).await.unwrap();
+            scene.flush().await.unwrap();
+            scene.write(2..6).await.unwrap();
+            scene.discard(8..9).await.unwrap();
+            // The system forgets what was to be written; the next sync succeeds.
+            let pattern = Pattern::any().file("image").kind(OpKind::Sync);
+            scene.disk.inject(Fault { pattern, errno: libc::EIO, forever: false });
+            assert_eq!(kind(scene.flush().await), ErrorKind::FlushFailed);
+            assert_eq!(kind(scene.flush().await), ErrorKind::FlushFailed);
+            assert_eq!(kind(scene.write(0..1).await), ErrorKind::FlushFailed);
+            assert_eq!(kind(scene.zero(0..1, true).await), ErrorKind::FlushFailed);
+            assert_eq!(kind(scene.discard(0..1).await), ErrorKind::FlushFailed);
+            assert_eq!(kind(scene.settle().await), ErrorKind::FlushFailed);
+        });
+        scene.read_all();
+        scene.crash(4);
+    });
+}
+
+#[test]
+fn a_write_that_is_to_be_durable_is_so_when_it_returns() {
+    play(|seed| {
+        for config in [tiny(), extended()] {
+            let at = |cluster| if cluster < 4 { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            for cluster in [1, 6] {
+                let sectors = scene.cluster(cluster);
+                scene.play(scene.write_fua(sectors.start..sectors.start + 2, true)).unwrap();
+                scene.crash(2);
+            }
+            scene.close();
+        }
+    });
+}
