@@ -3,7 +3,6 @@
 use std::sync::{Arc, PoisonError};
 
 use super::disk::{Disk, Inflated, Layer, Located};
-use super::disk::{Disk, Inflated, Layer, Located};
 use crate::alloc::epoch::Inside;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::{self, Compressed};
