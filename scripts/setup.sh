@@ -24,9 +24,9 @@ need qemu-img qemu-utils
 need mkfs.ext4 e2fsprogs
 [ -z "$all" ] || need c++ g++
 [ -z "$all" ] || need valgrind valgrind
-has_libclang() { # bindgen, for the tests of the header
-    [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p | grep -q 'libclang.*\.so' ||
-        ls /usr/lib/llvm-*/lib/libclang*.so* > /dev/null 2>&1
+has_libclang() { # bindgen, for the tests of the header; libclang-cpp is another one
+    [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p | grep -Eq 'libclang(-[0-9.]+)?\.so' ||
+        ls /usr/lib/llvm-*/lib 2> /dev/null | grep -Eq '^libclang(-[0-9.]+)?\.so'
 }
 [ -z "$all" ] || has_libclang || missing="$missing libclang-dev"
 

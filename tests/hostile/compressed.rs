@@ -31,28 +31,34 @@ fn read(spoiled: &Dissected) -> Result<Vec<u8>, ErrorKind> {
     done.map(|()| data).map_err(|error| error.kind())
 }
 
-/// Writing fails as well, and the corrupt bit is all that changes.
-fn refuses_a_write(spoiled: &Dissected) {
+/// What data that cannot be inflated is to its reader: lost, in a sound image.
+const LOST: ErrorKind = ErrorKind::Os(libc::EIO);
+
+/// Reading fails, and so does writing a part. Nothing else changes, but for the
+/// corrupt bit, where it is the entry that is wrong.
+fn refused(spoiled: &Dissected, kind: ErrorKind) {
+    assert_eq!(read(spoiled), Err(kind));
     let disk = MemoryDisk::new(&spoiled.bytes);
     let image = open(&disk, &options(true)).unwrap();
     let error = image.write_at(&[1; 100], 5, WriteFlags::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_eq!(error.kind(), kind);
     let _ = image.close();
     let after = Dissected::of(disk.bytes());
-    assert!(after.is_marked_corrupt());
+    assert_eq!(after.is_marked_corrupt(), kind == ErrorKind::Corrupt);
     assert_eq!(after.entry(0), spoiled.entry(0));
 }
 
 #[test]
 fn descriptors_that_lead_to_the_header_or_past_the_end() {
     for kind in [Kind::Compressed, Kind::Extended] {
-        let end = image(kind).bytes.len() as u64;
-        for offset in [0, 5, image(kind).cluster_size() - 1, end, 1 << 40, (1 << 54) - 1] {
+        let (cluster, end) = (image(kind).cluster_size(), image(kind).bytes.len() as u64);
+        let header = [0, 5, cluster - 1].map(|offset| (offset, ErrorKind::Corrupt));
+        let past_the_end = [end, 1 << 40, (1 << 54) - 1].map(|offset| (offset, LOST));
+        for (offset, error) in header.into_iter().chain(past_the_end) {
             let mut spoiled = image(kind);
             let sectors = 1 << (spoiled.cluster_bits() - 8);
             aimed(&mut spoiled, offset, sectors);
-            assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt), "{kind:?}: {offset:#x}");
-            refuses_a_write(&spoiled);
+            refused(&spoiled, error);
         }
     }
 }
@@ -62,8 +68,7 @@ fn data_that_is_no_deflate_stream() {
     for data in [&[0xff; 512][..], &[0; 512], &[7; 4096], b"\x78\x9c zlib has a header"] {
         let mut spoiled = image(Kind::Compressed);
         stored(&mut spoiled, data);
-        assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt));
-        refuses_a_write(&spoiled);
+        refused(&spoiled, LOST);
     }
 }
 
@@ -73,8 +78,7 @@ fn data_for_less_than_a_cluster_is_no_cluster() {
     let length = deflate(&[9; 4095], &mut packed).unwrap();
     let mut spoiled = image(Kind::Compressed);
     stored(&mut spoiled, &packed[..length]);
-    assert_eq!(read(&spoiled), Err(ErrorKind::Corrupt));
-    refuses_a_write(&spoiled);
+    refused(&spoiled, LOST);
 }
 
 #[test]
