@@ -159,7 +159,8 @@ fn a_resolver_gets_every_name_as_it_is_stored_and_nothing_else_happens() {
 
 #[test]
 fn names_in_impossible_places() {
-    let cases: [(&str, fn(&mut Dissected), [Option<ErrorKind>; 2]); 7] = [
+    type Case = (&'static str, fn(&mut Dissected), [Option<ErrorKind>; 2]);
+    let cases: [Case; 7] = [
         ("past the first cluster", |i| i.put64(field::BACKING_OFFSET, 4097), [Some(BadHeader); 2]),
         ("at 2^64", |i| i.put64(field::BACKING_OFFSET, u64::MAX), [Some(BadHeader); 2]),
         ("of 1024 bytes", |i| i.put32(field::BACKING_LENGTH, 1024), [Some(BadHeader); 2]),
