@@ -253,7 +253,8 @@ impl Area {
         let possible = &self.values[first..=last];
         // A discard may come before a step.
         let zero = last > first;
-        let third = now.iter().find(|byte| !possible.contains(byte) && !(zero && **byte == 0));
+        let known = |byte: &u8| possible.contains(byte) || (zero && *byte == 0);
+        let third = now.iter().find(|byte| !known(byte));
         assert_eq!(third, None, "{:?} while it was one of {possible:?}", self.bytes);
     }
 
