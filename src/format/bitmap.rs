@@ -16,6 +16,9 @@ pub const IN_USE: u32 = 1 << 0;
 /// Flag: the bitmap records writes by itself once it is loaded.
 pub const AUTO: u32 = 1 << 1;
 
+/// The most bytes that an entry of the directory has, padding included.
+pub const LONGEST_ENTRY: u64 = (24 + MAX_BITMAP_NAME as u64).next_multiple_of(8);
+
 /// The only type of bitmap there is: dirty tracking.
 const TYPE_DIRTY: u8 = 1;
 /// Entries of a bitmap's table: bits that must be zero.

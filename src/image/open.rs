@@ -443,7 +443,12 @@ async fn refuse_enabled_bitmaps<E: Engine>(
     budget: &mut Budget,
 ) -> Result<()> {
     let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
-    budget.take(bitmaps.directory_size, "the bitmap directory", storage)?;
+    if bitmaps.directory_size > u64::from(bitmaps.count) * bitmap::LONGEST_ENTRY {
+        let text = format!("{}: the bitmap directory is longer than its entries", storage.name());
+        return Err(Error::corrupt(text));
+    }
+    // It is there twice while it is read.
+    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage)?;
     let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
     let entries = parse_directory(&bytes.await?, bitmaps.count)
         .map_err(|error| error.context(storage.name().to_owned()))?;

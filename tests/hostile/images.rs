@@ -126,9 +126,13 @@ impl Resolver for Broker {
     }
 }
 
-/// Files that the image names come from the [`Broker`].
+/// Files that the image names come from the [`Broker`]. Half of [`MEMORY`] may be
+/// taken: what is read is there twice for a moment.
 pub fn options(writable: bool) -> OpenOptions {
-    OpenOptions::new().writable(writable).policy(Policy::Resolve(Broker::new()))
+    let mut options = OpenOptions::new().writable(writable);
+    options.policy = Policy::Resolve(Broker::new());
+    options.max_metadata_size = MEMORY / 2;
+    options
 }
 
 /// Opens the image in memory that is bounded, with work that is.

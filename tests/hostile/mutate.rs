@@ -9,7 +9,7 @@ use qcow2rs::{ErrorKind, Image};
 
 use crate::images::{ALL, CHANGES, GUEST, Kind, MEMORY, change, image, open, options};
 use crate::memory::peak;
-use crate::support::dissect::{Dissected, OFFSET, field};
+use crate::support::dissect::{COPIED, Dissected, OFFSET, field};
 use crate::support::memory_disk::MemoryDisk;
 use crate::support::{Rng, describe, for_seeds};
 
@@ -39,8 +39,12 @@ impl Map {
         }
         let entries = image.l1_size().min(length / 8);
         let aligned = |offset: &u64| *offset != 0 && offset % image.cluster_size() == 0;
+        // A shared table is given up as soon as it is copied, before the L1 table in
+        // the file says so.
         let tables = (0..entries)
-            .map(|index| image.l1(index) & OFFSET)
+            .map(|index| image.l1(index))
+            .filter(|entry| entry & COPIED != 0)
+            .map(|entry| entry & OFFSET)
             .chain(image.reftable().into_iter().map(|entry| entry & OFFSET))
             .filter(aligned)
             .map(|offset| offset >> image.cluster_bits())

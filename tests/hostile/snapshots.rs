@@ -92,13 +92,27 @@ fn a_table_of_64_mebibytes_is_the_largest() {
     }
 }
 
+/// Where the fields of the bitmaps extension are.
+fn bitmaps(image: &Dissected) -> usize {
+    let magic = 0x2385_2875u32.to_be_bytes();
+    image.bytes.windows(4).position(|bytes| bytes == magic).unwrap() + 8
+}
+
+#[test]
+fn a_bitmap_directory_longer_than_its_entries_is_not_even_read() {
+    let mut spoiled = image(Kind::Bitmap);
+    let at = bitmaps(&spoiled);
+    spoiled.put64(at + 8, 60 << 20);
+    assert_eq!(verdicts(&spoiled), [None, Some(ErrorKind::Corrupt)]);
+    // As many entries as there can be, and no room for them.
+    spoiled.put32(at, 65535);
+    assert_eq!(verdicts(&spoiled), [None, Some(ErrorKind::Limit)]);
+}
+
 #[test]
 fn the_bitmap_directory_is_metadata() {
     let mut spoiled = image(Kind::Bitmap);
-    // The extension's last field, behind its magic, length and other fields.
-    let magic = 0x2385_2875u32.to_be_bytes();
-    let at = spoiled.bytes.windows(4).position(|bytes| bytes == magic).unwrap();
-    let directory = spoiled.u64(at + 8 + 16);
+    let directory = spoiled.u64(bitmaps(&spoiled) + 16);
     let before = spoiled.bytes[directory as usize..][..32].to_vec();
     spoiled.set_entry(0, (directory | COPIED, 0));
     let disk = MemoryDisk::new(&spoiled.bytes);
