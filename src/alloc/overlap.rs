@@ -28,10 +28,12 @@ pub enum Metadata {
     SnapshotTable = 32,
     /// A snapshot's L1 table.
     InactiveL1 = 64,
+    /// The list of persistent bitmaps.
+    BitmapDirectory = 128,
 }
 
 impl Metadata {
-    const ALL: [Metadata; 7] = [
+    const ALL: [Metadata; 8] = [
         Metadata::Header,
         Metadata::L1,
         Metadata::L2,
@@ -39,6 +41,7 @@ impl Metadata {
         Metadata::RefcountBlock,
         Metadata::SnapshotTable,
         Metadata::InactiveL1,
+        Metadata::BitmapDirectory,
     ];
 
     fn name(self) -> &'static str {
@@ -50,6 +53,7 @@ impl Metadata {
             Metadata::RefcountBlock => "a refcount block",
             Metadata::SnapshotTable => "the snapshot table",
             Metadata::InactiveL1 => "the L1 table of a snapshot",
+            Metadata::BitmapDirectory => "the bitmap directory",
         }
     }
 }

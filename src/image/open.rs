@@ -382,6 +382,9 @@ async fn index_metadata<E: Engine>(
     for offset in sorted {
         index.add(offset, size, Metadata::RefcountBlock);
     }
+    if let Some(bitmaps) = &header.extensions.bitmaps {
+        index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
+    }
     if header.snapshot_count > 0 {
         let length = storage.length()?.saturating_sub(header.snapshots_offset);
         // Each entry has two strings of at most 64 KiB.
