@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use qcow2rs::{Image, OpenOptions, WriteFlags};
+use qcow2rs::{Image, OpenOptions, WriteFlags, ZeroFlags};
 
 use crate::support::dissect::{Dissected, OFFSET};
 use crate::support::memory_disk::{Gate, MemoryDisk, Request};
@@ -250,8 +250,7 @@ fn a_zero_write_waits_for_the_write_that_allocates_its_cluster() {
                             0 => image.discard(0, 64 << 10),
                             1 => image.write_at(&[3; 512], 0, WriteFlags::default()),
                             _ => {
-                                let mut flags = qcow2rs::ZeroFlags::default();
-                                flags.may_unmap = true;
+                                let flags = ZeroFlags { may_unmap: true, ..Default::default() };
                                 image.write_zeroes(0, 64 << 10, flags)
                             }
                         }
