@@ -16,43 +16,55 @@ use std::sync::atomic::Ordering::SeqCst;
 use super::disk::{Disk, Layer};
 use super::qcow2::{L1Table, Qcow2, Writing};
 use crate::alloc::allocator::Allocation;
-use crate::alloc::limbo::{Freed, Limbo};
+use crate::alloc::limbo::Freed;
 use crate::alloc::overlap::Metadata;
 use crate::error::Result;
 use crate::io::engine::{Engine, Piece};
 use crate::metadata::cache::WriteBack;
 use crate::sys::memory::Block;
 
-/// What one pass writes. Dropped before it is all written, everything is as
-/// dirty as before.
+/// What one pass writes. Dropped before it is through, everything is as dirty as
+/// before, and what it wrote waits for a sync.
 struct Pass<'a> {
-    limbo: &'a Limbo,
+    writing: &'a Writing,
     dropped: Vec<Freed>,
     slices: WriteBack<'a>,
     l1: &'a L1Table,
     entries: Vec<(usize, u64)>,
+    owes_sync: bool,
 }
 
 impl<'a> Pass<'a> {
     fn begin(image: &'a Qcow2, writing: &'a Writing) -> Pass<'a> {
         // In this order: what was freed is gone from the slices copied after it;
         // the tables that slices belong to are in the L1 entries copied last.
-        let limbo = &writing.allocator.limbo;
-        let dropped = limbo.take_announced();
+        let dropped = writing.allocator.limbo.take_announced();
         let slices = image.l2.take_dirty();
         let entries = image.l1.take_dirty();
-        Pass { limbo, dropped, slices, l1: &image.l1, entries }
+        let mut pass = Pass { writing, dropped, slices, l1: &image.l1, entries, owes_sync: false };
+        pass.owes_sync = pass.has_pointers();
+        pass
     }
 
     fn has_pointers(&self) -> bool {
         !self.slices.is_empty() || !self.entries.is_empty()
     }
+
+    /// All of it is durable: returns what it dropped.
+    fn complete(mut self) -> Vec<Freed> {
+        self.entries.clear();
+        self.owes_sync = false;
+        std::mem::take(&mut self.dropped)
+    }
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        self.limbo.put_back(std::mem::take(&mut self.dropped));
+        self.writing.allocator.limbo.put_back(std::mem::take(&mut self.dropped));
         self.l1.put_back(&self.entries);
+        if self.owes_sync {
+            self.writing.needs_sync.store(true, SeqCst);
+        }
     }
 }
 
@@ -91,24 +103,14 @@ impl Qcow2 {
         }
         let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
         let mut pass = Pass::begin(self, writing);
-        let unsynced = writing.needs_sync.swap(false, SeqCst);
-        let result = async {
-            if !pass.has_pointers() && !unsynced {
-                return Ok(());
-            }
+        pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
+        if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
             if pass.has_pointers() {
                 writing.allocator.barrier(engine, &self.storage).await?;
             }
-            Ok(())
         }
-        .await;
-        if result.is_err() {
-            writing.needs_sync.store(true, SeqCst);
-            return result;
-        }
-        pass.entries.clear();
-        let dropped = std::mem::take(&mut pass.dropped);
+        let dropped = pass.complete();
         writing.allocator.limbo.dropped(dropped, &writing.allocator.epochs);
         writing.allocator.release_ready(engine, &self.storage).await?;
         writing.flushes_done.store(number, SeqCst);
@@ -152,9 +154,7 @@ impl Qcow2 {
         writing.allocator.health.check()?;
         let mut pass = Pass::begin(self, writing);
         if pass.has_pointers() {
-            let written = self.write_pass(engine, writing, &mut pass).await;
-            writing.needs_sync.store(true, SeqCst);
-            written?;
+            self.write_pass(engine, writing, &mut pass).await?;
             pass.entries.clear();
         }
         Ok(())

@@ -6,8 +6,11 @@
 
 mod scene;
 
+mod cancel;
 mod durability;
+mod exhaustion;
 mod races;
+mod zeroes;
 
 use super::builder::Kind;
 use super::random::{SMALL, config};
