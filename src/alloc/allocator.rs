@@ -400,10 +400,12 @@ impl Allocator {
 
     /// Lowers the refcounts of what has left limbo; the clusters are free then.
     pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        for clusters in self.limbo.take_ready(&self.epochs) {
-            let (freed, lowest) = self.refcounts.lower(engine, storage, clusters).await?;
-            self.freed.fetch_add(freed, Ordering::Relaxed);
-            if let Some(lowest) = lowest {
+        let mut ready = self.limbo.take_ready(&self.epochs);
+        while let Some(clusters) = ready.next() {
+            let lowered = self.refcounts.lower_some(engine, storage, clusters).await?;
+            ready.done(lowered.count);
+            self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
+            if let Some(lowest) = lowered.lowest {
                 let mut state = self.lock();
                 state.hint = state.hint.min(lowest);
             }
