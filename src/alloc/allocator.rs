@@ -55,8 +55,10 @@ pub(super) struct State {
     run: Range<u64>,
     run_is_fresh: bool,
     next_run_bytes: u64,
-    /// No cluster below has a refcount of 0, as far as is known.
+    /// No cluster below had a refcount of 0 when the last search began.
     hint: u64,
+    /// The lowest cluster that was freed since then; `u64::MAX`: none.
+    lowest_freed: u64,
     /// From here on no cluster has ever been written: they read as zero.
     pub fresh_from: u64,
     /// Length of the file as far as this allocator made it.
@@ -147,6 +149,7 @@ impl Allocator {
                 run_is_fresh: false,
                 next_run_bytes: FIRST_RUN,
                 hint: 0,
+                lowest_freed: u64::MAX,
                 fresh_from,
                 file_length,
                 returned: Vec::new(),
@@ -241,7 +244,12 @@ impl Allocator {
 
     /// Finds the next run of free clusters and raises their refcounts.
     async fn refill<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        let mut at = self.lock().hint;
+        let mut at = {
+            let mut state = self.lock();
+            let lowest_freed = std::mem::replace(&mut state.lowest_freed, u64::MAX);
+            state.hint = state.hint.min(lowest_freed);
+            state.hint
+        };
         loop {
             let place = match self.refcounts.place(at)? {
                 Some(place) => place,
@@ -439,15 +447,22 @@ impl Allocator {
 
     /// Lowers the refcounts of what has left limbo; the clusters are free then.
     pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        for clusters in self.limbo.take_ready(&self.epochs) {
-            let (freed, lowest) = self.refcounts.lower(engine, storage, clusters).await?;
-            self.freed.fetch_add(freed, Ordering::Relaxed);
-            if let Some(lowest) = lowest {
-                let mut state = self.lock();
-                state.hint = state.hint.min(lowest);
+        let mut ready = self.limbo.take_ready(&self.epochs);
+        while let Some(clusters) = ready.next() {
+            let lowered = self.refcounts.lower_some(engine, storage, clusters).await?;
+            ready.done(lowered.count);
+            self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
+            if let Some(lowest) = lowered.lowest {
+                self.note_freed(lowest);
             }
         }
         Ok(())
+    }
+
+    /// From this cluster on there are free ones again.
+    pub(super) fn note_freed(&self, lowest: u64) {
+        let mut state = self.lock();
+        state.lowest_freed = state.lowest_freed.min(lowest);
     }
 
     /// Gives back what was raised ahead and not used. Nothing may be under way.
@@ -461,7 +476,7 @@ impl Allocator {
             let mut state = self.lock();
             let mut unused = std::mem::take(&mut state.returned);
             unused.append(&mut state.abandoned);
-            state.hint = 0;
+            state.lowest_freed = 0;
             (std::mem::replace(&mut state.run, 0..0), unused, state.file_length)
         };
         unused.sort_unstable();

@@ -23,6 +23,11 @@ use crate::io::engine::{Engine, Piece};
 use crate::metadata::cache::WriteBack;
 use crate::sys::memory::Block;
 
+/// With more than this waiting to be free, a flush comes before growth.
+const LIMBO_BYTES: u64 = 64 << 20;
+/// Ranges of clusters that wait to be free: more would be a matter of memory.
+const MOST_RANGES: usize = 64 << 10;
+
 /// What one pass writes. Dropped before it is through, everything is as dirty as
 /// before, and what it wrote waits for a sync.
 struct Pass<'a> {
@@ -167,8 +172,6 @@ impl Qcow2 {
         engine: &E,
         want: u64,
     ) -> Result<Allocation<'_>> {
-        /// With more than this waiting to be free, a flush comes before growth.
-        const LIMBO_BYTES: u64 = 64 << 20;
         let allocator = &self.writing()?.allocator;
         if allocator.limbo.clusters() > LIMBO_BYTES >> self.geometry().cluster_bits {
             self.flush(engine).await?;
@@ -180,6 +183,15 @@ impl Qcow2 {
                 allocator.allocate(engine, &self.storage, want).await
             }
             other => other,
+        }
+    }
+
+    /// Flushes where so much waits in limbo that remembering it costs memory. Not
+    /// to be called with a claim.
+    pub(super) async fn bound_limbo<E: Engine>(&self, engine: &E) -> Result<()> {
+        match self.writing()?.allocator.limbo.ranges() {
+            ..=MOST_RANGES => Ok(()),
+            _ => self.flush(engine).await,
         }
     }
 
@@ -195,9 +207,11 @@ impl Qcow2 {
             allocator.refcounts.write_back(engine, &self.storage).await?;
             allocator.barrier(engine, &self.storage).await?;
         }
-        match needed {
-            Some(length) => allocator.shrink_file(engine, &self.storage, length).await,
-            None => Ok(()),
+        if let Some(length) = needed {
+            // Everything is durable; whether the file becomes shorter is a detail that
+            // not every storage can see to.
+            let _ = allocator.shrink_file(engine, &self.storage, length).await;
         }
+        Ok(())
     }
 }
