@@ -162,13 +162,19 @@ impl Image {
         block_on(old.settle(&Blocking))?;
         let Some(top) = old.layers.first() else { return Err(closed()) };
         let storage = top.storage().change_access(access(options))?;
-        match block_on(Disk::open_storage(&Blocking, storage, options)) {
+        let opened = block_on(Disk::open_storage(&Blocking, storage, options)).and_then(|disk| {
+            disk.layers.first().map_or(Ok(()), |top| top.storage().settle_lock())?;
+            Ok(disk)
+        });
+        match opened {
             Ok(disk) => {
                 all.replace(Some(Arc::new(disk)));
                 Ok(())
             }
             Err(error) => {
-                top.storage().relock()?;
+                // The lock was held all the time; should it not go back to what it
+                // was, it is too strong at worst.
+                _ = top.storage().settle_lock();
                 Err(error)
             }
         }
