@@ -130,6 +130,10 @@ impl Disk {
             .await;
             layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
         }
+        // The chain is there: nothing is refused any more.
+        if let Some(Layer::Qcow2(image)) = layers.first_mut() {
+            clear_unknown_autoclear(engine, image).await?;
+        }
         Ok(Disk {
             layers,
             options: options.clone(),
@@ -279,7 +283,6 @@ async fn open_qcow2<E: Engine>(
     if options.writable && !options.check_only {
         let writing = open_for_writing(engine, &image, length, options, budget).await?;
         image.writing = Some(writing);
-        clear_unknown_autoclear(engine, &mut image).await?;
     }
     Ok(image)
 }
@@ -467,11 +470,11 @@ async fn refuse_enabled_bitmaps<E: Engine>(
 }
 
 /// Autoclear bits say that something is still true that a writer who does not know
-/// them may break: they go before anything is written.
+/// them may break: on an image open for writing they go before all else is written.
 async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
     const AUTOCLEAR_AT: u64 = 88;
     let unknown = image.header.unknown_autoclear();
-    if unknown == 0 || image.format.version < 3 {
+    if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
         return Ok(());
     }
     image.header.autoclear &= !unknown;
