@@ -297,8 +297,8 @@ pub fn create_open(
 }
 
 /// Makes an image in a file, mode 0644 less the umask. `exclusive`: `Exists`
-/// rather than overwrite, and after a failure there is no file. The file is
-/// locked before it is emptied.
+/// rather than overwrite, and a file made in vain is removed. The file is locked
+/// before it is emptied.
 pub fn create_path(
     path: &Path,
     exclusive: bool,
