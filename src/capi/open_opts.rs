@@ -165,7 +165,8 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// qcow2: for an image that stores no backing format, which is otherwise
 /// refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
 /// QEMU: a read-write open of an image whose dirty bit is set rebuilds its
-/// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY),
+/// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
+/// build refuses such an open with -ENOTSUP, be it on or off),
 /// "allow-qcow2-magic" (on|off, default off: see set_format),
 /// "max-chain-depth" (default 200), "max-metadata-size" (default 1G: for the
 /// whole chain, caches included; the cache sizes are per layer),

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use qcow2rs::{ErrorKind, Image, OpenOptions, Source, WriteFlags};
+use qcow2rs::{ErrorKind, Image, OpenOptions, Policy, Source, WriteFlags};
 
 use super::support::dissect::{Dissected, field};
 use super::support::operations::Op;
@@ -49,6 +49,22 @@ fn unknown_autoclear_bits_go_when_the_image_is_opened_for_writing() {
     let mut expected = before.clone();
     expected.put64(field::AUTOCLEAR, 0);
     assert!(after.bytes == expected.bytes);
+}
+
+#[test]
+fn an_open_that_is_refused_for_its_chain_leaves_unknown_autoclear_bits() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base");
+    std::fs::write(&base, [1; 4096]).unwrap();
+    let path = image(&scratch, &format!("backing_file={},backing_fmt=raw", text(&base)));
+    patch(&path, field::AUTOCLEAR, 4);
+    assert_eq!(refusal(&path, true), ErrorKind::Policy);
+    std::fs::remove_file(&base).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let options = OpenOptions::new().writable(true).policy(Policy::Paths);
+    let error = Image::open(Source::path(&path), &options).err().unwrap();
+    assert!(matches!(error.kind(), ErrorKind::Backing(_)), "{error}");
+    assert!(std::fs::read(&path).unwrap() == before);
 }
 
 #[test]

@@ -43,6 +43,8 @@ struct State {
     bytes: Vec<u8>,
     /// What it says of its length, which may be more than it stores.
     length: u64,
+    /// Whether its length can be set.
+    truncate: bool,
 }
 
 impl MemoryDisk {
@@ -61,7 +63,7 @@ impl MemoryDisk {
     fn build(bytes: &[u8], hook: Option<Hook>) -> MemoryDisk {
         let mut room = Vec::with_capacity(MAX_LENGTH.max(bytes.len()));
         room.extend_from_slice(bytes);
-        let state = Mutex::new(State { bytes: room, length: bytes.len() as u64 });
+        let state = Mutex::new(State { bytes: room, length: bytes.len() as u64, truncate: true });
         let (reads, bytes_read, writes) = Default::default();
         MemoryDisk(Arc::new(Inner { state, hook, reads, bytes_read, writes }))
     }
@@ -69,6 +71,12 @@ impl MemoryDisk {
     /// Makes it look longer: the rest reads as zero.
     pub fn with_length(self, length: u64) -> MemoryDisk {
         self.state().length = length;
+        self
+    }
+
+    /// Makes it one that only writes change the length of.
+    pub fn without_truncate(self) -> MemoryDisk {
+        self.state().truncate = false;
         self
     }
 
@@ -100,7 +108,8 @@ impl MemoryDisk {
 
 impl UserIo for MemoryDisk {
     fn abilities(&self) -> Abilities {
-        Abilities { write: true, truncate: true, discard: false, write_zeroes: true }
+        let truncate = self.state().truncate;
+        Abilities { write: true, truncate, discard: false, write_zeroes: true }
     }
 
     fn read(&self, to: GuestMut<'_>, offset: u64) -> UserResult<()> {
