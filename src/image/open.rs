@@ -161,6 +161,8 @@ fn below(options: &OpenOptions, format: Format) -> OpenOptions {
         format,
         writable: false,
         direct: options.backing_direct.unwrap_or(options.direct),
+        // It was chosen for the topmost image's clusters; those below may be smaller.
+        l2_cache_entry_size: None,
         no_backing: false,
         check_only: false,
         ..options.clone()

@@ -183,7 +183,7 @@ fn try_one(kind: Kind, rng: &mut Rng) {
 
 #[test]
 fn damaged_images_do_no_harm() {
-    for_seeds("hostile", 60, |seed| {
+    for_seeds("hostile", 40, |seed| {
         for (number, kind) in ALL.into_iter().enumerate() {
             let mut rng = Rng::new(seed * 100 + number as u64);
             describe(format!("{kind:?}"), || {

@@ -15,6 +15,8 @@ const MAX_LENGTH: usize = 64 << 20;
 
 /// A request, as its hook sees it.
 pub enum Request<'a> {
+    /// What lies here is about to be read.
+    Reading(u64),
     /// What is about to be returned, and from where.
     Read(&'a mut [u8], u64),
     /// What is about to be written, and where.
@@ -115,6 +117,9 @@ impl UserIo for MemoryDisk {
     fn read(&self, to: GuestMut<'_>, offset: u64) -> UserResult<()> {
         self.0.reads.fetch_add(1, Relaxed);
         self.0.bytes_read.fetch_add(to.len() as u64, Relaxed);
+        if let Some(hook) = &self.0.hook {
+            hook(Request::Reading(offset))?;
+        }
         let state = self.state();
         to.fill_zero();
         let there = state.bytes.len() as u64;
