@@ -140,11 +140,7 @@ fn every_width_counts_up_and_down() {
 /// Blocks and tables that were there at the beginning are soon too small.
 #[test]
 fn refcount_tables_grow_and_qemu_goes_on_with_them() {
-    for (options, mib) in [
-        ("cluster_size=512,refcount_bits=64", 7u64),
-        ("cluster_size=512", 18),
-        ("compat=0.10,cluster_size=512", 9),
-    ] {
+    for (options, mib) in [("cluster_size=512,refcount_bits=64", 5u64), ("cluster_size=512", 9)] {
         describe(options.into(), || {
             let scratch = Scratch::new();
             let path = scratch.path("image");
