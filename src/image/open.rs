@@ -127,16 +127,8 @@ impl Disk {
                 let directory = layers.last().and_then(|layer| layer.storage().path()?.parent());
                 let (source, format) = gate::resolve(options, &reference, directory)?;
                 let below = below(options, format);
-                let storage = Storage::open(source, access(&below))?;
-                if let Some(identity) = storage.identity() {
-                    if seen.contains(&identity) {
-                        return Err(Error::new(
-                            ErrorKind::ChainDepth,
-                            format!("{} is below itself: the chain is a loop", storage.name()),
-                        ));
-                    }
-                    seen.push(identity);
-                }
+                let storage = open_once(source, access(&below), &seen)?;
+                seen.extend(storage.identity());
                 open_layer(engine, storage, &below, &mut budget).await
             }
             .await;
@@ -153,6 +145,29 @@ impl Disk {
             inflated: Default::default(),
         })
     }
+}
+
+/// Opens a storage that is not in the chain yet; `ChainDepth` if it is.
+fn open_once(source: Arc<Source>, access: Access, seen: &[(u64, u64)]) -> Result<Storage> {
+    let in_chain = |storage: &Storage| storage.identity().is_some_and(|it| seen.contains(&it));
+    let storage = match Storage::open(source.clone(), access) {
+        // Our own lock may be in the way: the topmost image is open for writing.
+        Err(error) if error.kind() == ErrorKind::Locked => {
+            let unlocked = Storage::open(source, Access { lock: false, ..access })?;
+            if !in_chain(&unlocked) {
+                return Err(error);
+            }
+            unlocked
+        }
+        opened => opened?,
+    };
+    if in_chain(&storage) {
+        return Err(Error::new(
+            ErrorKind::ChainDepth,
+            format!("{} is below itself: the chain is a loop", storage.name()),
+        ));
+    }
+    Ok(storage)
 }
 
 /// How an image below one that is opened with `options` is opened.

@@ -4,6 +4,7 @@
 mod bitmaps;
 mod entries;
 mod header;
+mod limits;
 mod overlap;
 mod refcounts;
 mod reports;

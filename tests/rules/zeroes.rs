@@ -166,6 +166,28 @@ fn zeroes_beside_data_are_written_and_beside_zeroes_are_noted() {
 }
 
 #[test]
+fn zeroes_beside_what_is_zero_further_down_are_noted() {
+    let scratch = Scratch::new();
+    let (base, path) = (scratch.path("base"), scratch.path("image"));
+    qemu_create(&base, "", 4 * CLUSTER);
+    qemu_io(
+        &base,
+        &["write -P 7 0 256k".into(), "write -z 64k 64k".into(), "discard 128k 64k".into()],
+    );
+    for (options, noted) in [("", (ZERO, 0)), ("extended_l2=on,", (0, 0b111 << 32))] {
+        let options = format!("{options}backing_file=base,backing_fmt=qcow2");
+        qemu_create(&path, &options, 4 * CLUSTER);
+        for cluster in [1, 2] {
+            // Two subclusters, and a part of one that lies in zeroes itself.
+            let op = zero(cluster * CLUSTER, 2 * SUB + 512);
+            assert_eq!(left(&path, op, cluster), noted);
+        }
+        let (entry, bitmap) = left(&path, zero(3 * CLUSTER + 100, 100), 3);
+        assert_eq!((entry, bitmap & !1), (COPIED | HOST, 0));
+    }
+}
+
+#[test]
 fn the_last_cluster_ends_where_the_disk_does() {
     let scratch = Scratch::new();
     let path = scratch.path("image");
