@@ -55,6 +55,9 @@ pub(super) struct State {
     next_run_bytes: u64,
     /// No cluster below has a refcount of 0, as far as is known.
     hint: u64,
+    /// The lowest cluster that became free since the search for the next run began,
+    /// which may have passed it by.
+    freed_since: u64,
     /// From here on no cluster has ever been written: they read as zero.
     pub fresh_from: u64,
     /// Length of the file as far as this allocator made it.
@@ -142,6 +145,7 @@ impl Allocator {
                 run_is_fresh: false,
                 next_run_bytes: FIRST_RUN,
                 hint: 0,
+                freed_since: u64::MAX,
                 fresh_from,
                 file_length,
                 returned: Vec::new(),
@@ -204,7 +208,11 @@ impl Allocator {
 
     /// Finds the next run of free clusters and raises their refcounts.
     async fn refill<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        let mut at = self.lock().hint;
+        let mut at = {
+            let mut state = self.lock();
+            state.freed_since = u64::MAX;
+            state.hint
+        };
         loop {
             let place = match self.refcounts.place(at)? {
                 Some(place) => place,
@@ -304,7 +312,7 @@ impl Allocator {
         if state.run_is_fresh {
             state.fresh_from = run.end;
         }
-        state.hint = run.end;
+        state.hint = run.end.min(state.freed_since);
         state.run = run;
         Ok(())
     }
@@ -406,11 +414,18 @@ impl Allocator {
             ready.done(lowered.count);
             self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
             if let Some(lowest) = lowered.lowest {
-                let mut state = self.lock();
-                state.hint = state.hint.min(lowest);
+                self.note_free(lowest);
             }
         }
         Ok(())
+    }
+
+    /// Has the next search, or the one after the search that is under way, begin
+    /// no later than here.
+    pub(super) fn note_free(&self, cluster: u64) {
+        let mut state = self.lock();
+        state.hint = state.hint.min(cluster);
+        state.freed_since = state.freed_since.min(cluster);
     }
 
     /// Gives back what was raised ahead and not used. Nothing may be under way.

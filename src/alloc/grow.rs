@@ -122,7 +122,8 @@ impl Allocator {
         }
         // Nobody reads the table but through memory, and the switch is durable.
         let old = old_offset / size..old_offset / size + (old_entries * 8).div_ceil(size);
-        self.refcounts.lower(engine, storage, old).await?;
+        self.refcounts.lower(engine, storage, old.clone()).await?;
+        self.note_free(old.start);
         Ok(())
     }
 }
