@@ -117,10 +117,11 @@ impl Disk {
                 }
             })
             .await?;
+        image.free(engine, writing, &freed).await?;
         for (host, alloc) in kept {
             image.punch_subclusters(engine, writing, host, alloc).await;
         }
-        image.free(engine, writing, &freed).await
+        Ok(())
     }
 
     /// The subclusters of one cluster that a range covers.
