@@ -57,8 +57,9 @@ pub(super) struct State {
     next_run_bytes: u64,
     /// No cluster below had a refcount of 0 when the last search began.
     hint: u64,
-    /// The lowest cluster that was freed since then; `u64::MAX`: none.
-    lowest_freed: u64,
+    /// The lowest cluster that became free since the search for the next run began,
+    /// which may have passed it by.
+    freed_since: u64,
     /// From here on no cluster has ever been written: they read as zero.
     pub fresh_from: u64,
     /// Length of the file as far as this allocator made it.
@@ -149,7 +150,7 @@ impl Allocator {
                 run_is_fresh: false,
                 next_run_bytes: FIRST_RUN,
                 hint: 0,
-                lowest_freed: u64::MAX,
+                freed_since: u64::MAX,
                 fresh_from,
                 file_length,
                 returned: Vec::new(),
@@ -246,8 +247,7 @@ impl Allocator {
     async fn refill<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let mut at = {
             let mut state = self.lock();
-            let lowest_freed = std::mem::replace(&mut state.lowest_freed, u64::MAX);
-            state.hint = state.hint.min(lowest_freed);
+            state.freed_since = u64::MAX;
             state.hint
         };
         loop {
@@ -349,7 +349,7 @@ impl Allocator {
         if state.run_is_fresh {
             state.fresh_from = run.end;
         }
-        state.hint = run.end;
+        state.hint = run.end.min(state.freed_since);
         state.run = run;
         self.note_untouched(&state);
         Ok(())
@@ -453,16 +453,18 @@ impl Allocator {
             ready.done(lowered.count);
             self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
             if let Some(lowest) = lowered.lowest {
-                self.note_freed(lowest);
+                self.note_free(lowest);
             }
         }
         Ok(())
     }
 
-    /// From this cluster on there are free ones again.
-    pub(super) fn note_freed(&self, lowest: u64) {
+    /// Has the next search, or the one after the search that is under way, begin
+    /// no later than here.
+    pub(super) fn note_free(&self, cluster: u64) {
         let mut state = self.lock();
-        state.lowest_freed = state.lowest_freed.min(lowest);
+        state.hint = state.hint.min(cluster);
+        state.freed_since = state.freed_since.min(cluster);
     }
 
     /// Gives back what was raised ahead and not used. Nothing may be under way.
@@ -476,7 +478,7 @@ impl Allocator {
             let mut state = self.lock();
             let mut unused = std::mem::take(&mut state.returned);
             unused.append(&mut state.abandoned);
-            state.lowest_freed = 0;
+            state.hint = 0;
             (std::mem::replace(&mut state.run, 0..0), unused, state.file_length)
         };
         unused.sort_unstable();

@@ -122,7 +122,7 @@ impl Allocator {
         // Nobody reads the table but through memory, and the switch is durable.
         let old = old_offset / size..old_offset / size + (old_entries * 8).div_ceil(size);
         self.refcounts.lower(engine, storage, old.clone()).await?;
-        self.note_freed(old.start);
+        self.note_free(old.start);
         Ok(())
     }
 }

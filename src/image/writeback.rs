@@ -180,6 +180,12 @@ impl Qcow2 {
             // By errno: callbacks report a full storage in their own kind.
             Err(error) if error.errno() == libc::ENOSPC && allocator.limbo.clusters() > 0 => {
                 self.flush(engine).await?;
+                // What was freed may still be read: wait for that rather than call
+                // a storage full that is not.
+                if allocator.limbo.clusters() > 0 {
+                    allocator.epochs.all_left().await;
+                    allocator.release_ready(engine, &self.storage).await?;
+                }
                 allocator.allocate(engine, &self.storage, want).await
             }
             other => other,

@@ -1,10 +1,11 @@
 //! Requests that are given up at any of the points at which they wait: what they
 //! did not do is done by the next, and nothing is lost or left over.
 
-use qcow2rs::io::sim::{OpKind, Task, give_up_after};
+use qcow2rs::io::sim::{Task, give_up_after};
 
 use super::super::builder::Kind;
 use super::super::random::config;
+use super::super::scenario::Config;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
 
@@ -92,19 +93,16 @@ fn a_request_that_is_given_up_loses_nothing_and_leaves_nothing_over() {
 #[test]
 fn a_discard_that_keeps_clusters_loses_none_of_the_others_when_it_is_given_up() {
     play(|seed| {
-        let config = super::super::scenario::Config { discard_keeps: true, ..tiny() };
+        // Large enough for a hole in each.
+        let kind = Kind { cluster: 4096, size: 256 << 10, ..tiny().kind };
+        let config = Config { discard_keeps: true, ..config(kind) };
         let scene = Scene::new(&config, seed, |cluster| match cluster % 2 {
             0 => Before::Stored,
             _ => Before::Compressed,
         });
         for point in 1..8 {
-            let first = point * 8;
-            let hold = scene.hold(OpKind::Punch);
-            scene.run(vec![Task::new("guest", async {
-                let sectors = first..first + 8;
-                give_up_after(point, scene.discard(sectors)).await;
-                hold.release();
-            })]);
+            let sectors = scene.cluster(point * 4).start..scene.cluster(point * 4 + 4).start;
+            scene.play(give_up_after(point, scene.discard(sectors)));
         }
         scene.close();
     });
