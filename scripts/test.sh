@@ -105,5 +105,4 @@ step 'installed' use_installed
 step 'demo' scripts/demo.sh --size 0.125
 step 'subproject, shared' use_as_subproject shared
 step 'subproject, static' use_as_subproject static
-step 'demo, small' scripts/demo.sh --size 0.0625
 printf '\n==> all of it: ok, %d s\n' "$SECONDS"
