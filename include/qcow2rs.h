@@ -248,8 +248,8 @@ void qcow2rs_storage_free(struct qcow2rs_storage **storage);
 #define QCOW2RS_OPEN_DIRECT 4u       /* O_DIRECT (cache=none). */
 #define QCOW2RS_OPEN_WRITETHROUGH 8u /* Every write is durable. */
 #define QCOW2RS_OPEN_NO_FLUSH 16u    /* cache=unsafe: tests only. */
-/* This layer only; holes read as zero, status says UNALLOCATED; -EINVAL with
- * RDWR where the image names a backing file, unless CHECK_ONLY. */
+/* This layer only; holes read as zero, status says ZERO
+ * without ALLOCATED; -EINVAL with RDWR where the image names a backing file, unless CHECK_ONLY. */
 #define QCOW2RS_OPEN_NO_BACKING 32u
 #define QCOW2RS_OPEN_CHECK_ONLY 64u  /* Tolerate damage, dirty and corrupt
                                         bits; only info, check and repair are
@@ -263,7 +263,8 @@ void qcow2rs_storage_free(struct qcow2rs_storage **storage);
  * QCOW2RS_E_POLICY, and no file is touched. */
 #define QCOW2RS_REF_DENY 0u
 /* Trusted images only: plain paths, relative to the directory of the referring
- * image; never "json:" or "protocol:" names. */
+ * image (one that was not opened by path has none: -EPERM, use RESOLVE); never
+ * "json:" or "protocol:" names. */
 #define QCOW2RS_REF_PATHS 1u
 #define QCOW2RS_REF_RESOLVE 2u       /* Ask the callback. */
 #define QCOW2RS_REF_KIND_BACKING 1u  /* The image below. */
@@ -322,7 +323,7 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
  * build refuses such an open with -ENOTSUP, be it on or off),
  * "allow-qcow2-magic" (on|off, default off: see set_format),
- * "max-chain-depth" (default 200), "max-metadata-size" (default 1G: for the
+ * "max-chain-depth" (images below this one, default 200), "max-metadata-size" (default 1G: for the
  * whole chain, caches included; the cache sizes are per layer),
  * "max-virtual-size" (default: the format's), "backing-direct" (on|off:
  * O_DIRECT for the images below, default as this one's, so that many disks can
@@ -581,7 +582,8 @@ QCOW2RS_MUST_USE int qcow2rs_create_opts_new(struct qcow2rs_create_opts **out);
 /* [OBJ] */
 void qcow2rs_create_opts_free(struct qcow2rs_create_opts **opts);
 
-/* [OBJ] Typed setters for what every program sets... */
+/* [OBJ] Typed setters for what every program sets...  The size is rounded up
+ * to a multiple of 512. */
 int qcow2rs_create_opts_set_size(struct qcow2rs_create_opts *o, uint64_t bytes);
 
 /* [OBJ] The image below, as it is to be written into the header.  format: raw

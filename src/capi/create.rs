@@ -46,7 +46,8 @@ pub unsafe extern "C" fn qcow2rs_create_opts_free(opts: *mut *mut qcow2rs_create
     entry!(|call| call.take(opts).map(drop))
 }
 
-/// [OBJ] Typed setters for what every program sets...
+/// [OBJ] Typed setters for what every program sets...  The size is rounded up
+/// to a multiple of 512.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_create_opts_set_size(
     o: *mut qcow2rs_create_opts,

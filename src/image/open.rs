@@ -229,7 +229,8 @@ fn check_depth(depth: u32, options: &OpenOptions) -> Result<()> {
     if depth < options.max_chain_depth {
         return Ok(());
     }
-    let text = format!("more than {depth} images are chained (see \"max-chain-depth\")");
+    let text =
+        format!("more than {depth} images are below the first one (see \"max-chain-depth\")");
     Err(Error::new(ErrorKind::ChainDepth, text))
 }
 
