@@ -249,7 +249,8 @@ void qcow2rs_storage_free(struct qcow2rs_storage **storage);
 #define QCOW2RS_OPEN_WRITETHROUGH 8u /* Every write is durable. */
 #define QCOW2RS_OPEN_NO_FLUSH 16u    /* cache=unsafe: tests only. */
 /* This layer only; holes read as zero, status says ZERO
- * without ALLOCATED; -EINVAL with RDWR where the image names a backing file, unless CHECK_ONLY. */
+ * without ALLOCATED; -EINVAL with RDWR where the image names a backing file,
+ * unless CHECK_ONLY. */
 #define QCOW2RS_OPEN_NO_BACKING 32u
 #define QCOW2RS_OPEN_CHECK_ONLY 64u  /* Tolerate damage, dirty and corrupt
                                         bits; only info, check and repair are
@@ -323,8 +324,9 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
  * build refuses such an open with -ENOTSUP, be it on or off),
  * "allow-qcow2-magic" (on|off, default off: see set_format),
- * "max-chain-depth" (images below this one, default 200), "max-metadata-size" (default 1G: for the
- * whole chain, caches included; the cache sizes are per layer),
+ * "max-chain-depth" (images below this one, default 200),
+ * "max-metadata-size" (default 1G: for the whole chain, caches included; the
+ * cache sizes are per layer),
  * "max-virtual-size" (default: the format's), "backing-direct" (on|off:
  * O_DIRECT for the images below, default as this one's, so that many disks can
  * share one base's page cache).  Accepted, with nothing to change:

@@ -23,7 +23,8 @@ pub const QCOW2RS_OPEN_WRITETHROUGH: u32 = 8;
 /// cache=unsafe: tests only.
 pub const QCOW2RS_OPEN_NO_FLUSH: u32 = 16;
 /// This layer only; holes read as zero, status says ZERO
-/// without ALLOCATED; -EINVAL with RDWR where the image names a backing file, unless CHECK_ONLY.
+/// without ALLOCATED; -EINVAL with RDWR where the image names a backing file,
+/// unless CHECK_ONLY.
 pub const QCOW2RS_OPEN_NO_BACKING: u32 = 32;
 /// Tolerate damage, dirty and corrupt bits; only info, check and repair are
 /// allowed.
@@ -169,8 +170,9 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
 /// build refuses such an open with -ENOTSUP, be it on or off),
 /// "allow-qcow2-magic" (on|off, default off: see set_format),
-/// "max-chain-depth" (images below this one, default 200), "max-metadata-size" (default 1G: for the
-/// whole chain, caches included; the cache sizes are per layer),
+/// "max-chain-depth" (images below this one, default 200),
+/// "max-metadata-size" (default 1G: for the whole chain, caches included; the
+/// cache sizes are per layer),
 /// "max-virtual-size" (default: the format's), "backing-direct" (on|off:
 /// O_DIRECT for the images below, default as this one's, so that many disks can
 /// share one base's page cache).  Accepted, with nothing to change:
