@@ -34,6 +34,8 @@ pub struct Allocator {
     pub(super) state: Mutex<State>,
     /// Held by whoever looks for the next run.
     refilling: AsyncMutex<()>,
+    /// Held during a sync.
+    syncing: AsyncMutex<()>,
     /// The refcounts.
     pub refcounts: Refcounts,
     /// Freed clusters that may not be used yet.
@@ -157,6 +159,7 @@ impl Allocator {
                 abandoned: Vec::new(),
             }),
             refilling: AsyncMutex::new(()),
+            syncing: AsyncMutex::new(()),
             refcounts,
             limbo: Limbo::default(),
             epochs: Epochs::default(),
@@ -440,8 +443,12 @@ impl Allocator {
         words.iter().flat_map(|word| word.to_be_bytes()).collect()
     }
 
-    /// Syncs; a failure is for good.
+    /// Syncs; a failure is for good. One at a time: the system tells of a failure
+    /// once, and a sync beside or after that one would succeed though what it should
+    /// have made durable is lost.
     pub async fn barrier<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        let _one_at_a_time = self.syncing.lock().await;
+        self.health.check_syncs()?;
         storage.sync(engine).await.map_err(|error| self.health.sync_failed(error))
     }
 

@@ -69,9 +69,10 @@ fn fail_and_go_on(scene: Scene, kind: OpKind, index: u64, errno: i32) {
 
 #[test]
 fn each_failure_is_rolled_back_and_leaves_no_cluster_over() {
-    for_seeds("crash", 2, |seed| {
+    for_seeds("crash", 1, |seed| {
         let snapshot = config(Kind { snapshot: true, size: 64 << 10, ..tiny().kind });
-        for config in [tiny(), snapshot, extended()] {
+        let coarse = config(Kind { cluster: 4096, size: 256 << 10, ..tiny().kind });
+        for config in [snapshot, coarse, extended()] {
             let clean = scene(&config, seed);
             clean.play(work(&clean)).into_iter().for_each(|result| result.unwrap());
             let counters = clean.file().counters();
