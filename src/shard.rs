@@ -28,7 +28,7 @@ impl<T> Sharded<T> {
         Sharded((0..SHARDS).map(|_| Padded(make())).collect())
     }
 
-    /// The copy of the calling thread, and its index for [`Sharded::at`].
+    /// The copy of the calling thread.
     pub fn local(&self) -> &T {
         &self.0[index()].0
     }

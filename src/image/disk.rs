@@ -47,7 +47,6 @@ pub struct RequestCounters {
     pub read_bytes: AtomicU64,
     pub writes: AtomicU64,
     pub write_bytes: AtomicU64,
-    pub lookups: AtomicU64,
 }
 
 impl RequestCounters {

@@ -97,7 +97,7 @@ impl fmt::Debug for Policy {
 }
 
 /// How an image is opened. The default: qcow2, read-only, locked, references
-/// denied, caches as QEMU sizes them.
+/// denied, caches that cover the disk within reason.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct OpenOptions {
@@ -129,12 +129,13 @@ pub struct OpenOptions {
     pub backing_direct: Option<bool>,
     /// Bytes for both caches; `None`: not said.
     pub cache_size: Option<u64>,
-    /// Bytes of L2 slices; `None`: what covers the disk, at most 32 MiB.
+    /// Bytes of L2 slices; `None`: twice what covers the disk, at most 32 MiB and an
+    /// eighth of `max_metadata_size`.
     pub l2_cache_size: Option<u64>,
     /// Bytes of an L2 slice: a power of two, 512 to the cluster size; `None`:
     /// 4096, or the cluster size where that is smaller.
     pub l2_cache_entry_size: Option<u64>,
-    /// Bytes of refcount blocks; `None`: QEMU's minimum.
+    /// Bytes of refcount blocks; `None`: 256 KiB.
     pub refcount_cache_size: Option<u64>,
     /// A chain with more images below this one is refused.
     pub max_chain_depth: u32,

@@ -24,7 +24,7 @@ use crate::sys::memory::Block;
 pub struct Qcow2 {
     /// Where its bytes are.
     pub storage: Storage,
-    /// As read at open.
+    /// As read at open, but for the bits that are changed later.
     pub header: Header,
     /// How its L2 entries are read.
     pub format: L2Format,

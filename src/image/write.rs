@@ -268,7 +268,7 @@ impl Disk {
         if entered.is_err() || !taken.contains(&true) {
             allocation.give_back();
             entered?;
-            // The next round finds the host cluster.
+            // Somebody else has entered one.
             let host = match image.entry(engine, part.table, part.first().0).await? {
                 Cluster::Standard { host, copied: true, .. } => host,
                 _ => return Err(changed_under_claim()),

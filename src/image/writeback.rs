@@ -1,4 +1,5 @@
-//! The order on disk. This is the one module that knows it.
+//! The order on disk. This module alone knows it, but for what is rare and published
+//! at once: refcount blocks and larger tables (`alloc`), feature bits, new images.
 //!
 //! ```text
 //! data, copies, new L2 tables, raised refcounts -> sync
