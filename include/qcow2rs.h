@@ -17,7 +17,9 @@
  * COMMON ERRORS, not repeated below (any function returning int):
  *   -EINVAL   NULL where not allowed, unknown flag bit, non-zero reserved
  *             field, size/offset overflow, struct_size too small.
- *   -ENOMEM   allocation failed or a configured memory limit was reached.
+ *   -ENOMEM   allocation failed.
+ *   -EFBIG    a limit of the open options would be exceeded, that of memory
+ *             for metadata included (code QCOW2RS_E_LIMIT).
  *   -EIO      lower-layer I/O error, or image corruption met at run time
  *             (code QCOW2RS_E_CORRUPT).
  *   -ENOTRECOVERABLE  an internal bug (a Rust panic) was caught; the handle is
@@ -137,7 +139,8 @@ int qcow2rs_has_feature(const char *name);
  * the image is opened again; -EIO. */
 #define QCOW2RS_E_FLUSH_FAILED 16u
 #define QCOW2RS_E_DIRTY 17u              /* Dirty, and the option
-                                            "repair-dirty" is off; -EUCLEAN. */
+                                            "repair-dirty" is off; -EUCLEAN.
+                                            Not from this build: see there. */
 
 /* [MT][CB] Message of the calling thread's most recent failure, never NULL,
  * "" if none.  UTF-8; untrusted bytes taken from images are escaped.  Valid
@@ -188,13 +191,15 @@ struct qcow2rs_io_ops {
     /* Bytes past the end read as zero. */
     int (*preadv)(void *opaque, const struct iovec *iov, int iovcnt,
                   uint64_t offset);
-    /* Extends the storage.  NULL: read-only. */
+    /* Extends the storage; what it skips behind the old end must read as zero.
+     * NULL: read-only. */
     int (*pwritev)(void *opaque, const struct iovec *iov, int iovcnt,
                    uint64_t offset);
     int64_t (*get_length)(void *opaque); /* Bytes. */
     int (*flush)(void *opaque);          /* Makes durable what completed
                                             before. */
-    /* Sets the length. */
+    /* Sets the length; bytes that are new must read as zero, those that were
+     * once cut off, too. */
     int (*truncate)(void *opaque, uint64_t length);
     /* A hint: the range is of no use any more. */
     int (*discard)(void *opaque, uint64_t offset, uint64_t length);
@@ -243,8 +248,9 @@ void qcow2rs_storage_free(struct qcow2rs_storage **storage);
 #define QCOW2RS_OPEN_DIRECT 4u       /* O_DIRECT (cache=none). */
 #define QCOW2RS_OPEN_WRITETHROUGH 8u /* Every write is durable. */
 #define QCOW2RS_OPEN_NO_FLUSH 16u    /* cache=unsafe: tests only. */
-/* This layer only; holes read as zero, status says UNALLOCATED; -EINVAL with
- * RDWR where the image names a backing file, unless CHECK_ONLY. */
+/* This layer only; holes read as zero, status says ZERO
+ * without ALLOCATED; -EINVAL with RDWR where the image names a backing file,
+ * unless CHECK_ONLY. */
 #define QCOW2RS_OPEN_NO_BACKING 32u
 #define QCOW2RS_OPEN_CHECK_ONLY 64u  /* Tolerate damage, dirty and corrupt
                                         bits; only info, check and repair are
@@ -258,7 +264,8 @@ void qcow2rs_storage_free(struct qcow2rs_storage **storage);
  * QCOW2RS_E_POLICY, and no file is touched. */
 #define QCOW2RS_REF_DENY 0u
 /* Trusted images only: plain paths, relative to the directory of the referring
- * image; never "json:" or "protocol:" names. */
+ * image (one that was not opened by path has none: -EPERM, use RESOLVE); never
+ * "json:" or "protocol:" names. */
 #define QCOW2RS_REF_PATHS 1u
 #define QCOW2RS_REF_RESOLVE 2u       /* Ask the callback. */
 #define QCOW2RS_REF_KIND_BACKING 1u  /* The image below. */
@@ -314,10 +321,12 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * qcow2: for an image that stores no backing format, which is otherwise
  * refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
  * QEMU: a read-write open of an image whose dirty bit is set rebuilds its
- * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY),
+ * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
+ * build refuses such an open with -ENOTSUP, be it on or off),
  * "allow-qcow2-magic" (on|off, default off: see set_format),
- * "max-chain-depth" (default 200), "max-metadata-size" (default 1G: for the
- * whole chain, caches included; the cache sizes are per layer),
+ * "max-chain-depth" (images below this one, default 200),
+ * "max-metadata-size" (default 1G: for the whole chain, caches included; the
+ * cache sizes are per layer),
  * "max-virtual-size" (default: the format's), "backing-direct" (on|off:
  * O_DIRECT for the images below, default as this one's, so that many disks can
  * share one base's page cache).  Accepted, with nothing to change:
@@ -490,9 +499,10 @@ int qcow2rs_get_stats(struct qcow2rs_image *img, struct qcow2rs_stats *stats,
 /* [MT] Reads.  flags: 0.  This and all that follow in this section: any number
  * in flight; no order between requests in flight, the outcome of overlapping
  * writes in flight is either one, per 512-byte sector.  length == 0 succeeds
- * for any offset up to the virtual size.  Buffers need no alignment.  A
- * blocking call may wait for a conflicting request in flight on a queue:
- * somebody must be driving that queue.
+ * for any offset up to the virtual size where any length could: writing nothing
+ * is still -EROFS on a read-only image.  Buffers need no alignment.  A blocking
+ * call may wait for a conflicting request in flight on a queue: somebody must
+ * be driving that queue.
  * -EINVAL: offset + length is past the virtual size.
  * -ENOSPC: the storage is full: the image is consistent, the range holds old
  * or new data by (sub)cluster, and the same request may be retried.
@@ -562,7 +572,8 @@ int qcow2rs_block_status(struct qcow2rs_image *img, uint64_t offset,
 
 /* ------------------------------------------------------------------- Create */
 
-#define QCOW2RS_CREATE_EXCL 1u /* -EEXIST rather than truncate. */
+#define QCOW2RS_CREATE_EXCL 1u /* -EEXIST rather than truncate; a file made
+                                  in vain is removed. */
 
 /* What a new image is to be.  Reusable for any number of images. */
 struct qcow2rs_create_opts;
@@ -573,7 +584,8 @@ QCOW2RS_MUST_USE int qcow2rs_create_opts_new(struct qcow2rs_create_opts **out);
 /* [OBJ] */
 void qcow2rs_create_opts_free(struct qcow2rs_create_opts **opts);
 
-/* [OBJ] Typed setters for what every program sets... */
+/* [OBJ] Typed setters for what every program sets...  The size is rounded up
+ * to a multiple of 512. */
 int qcow2rs_create_opts_set_size(struct qcow2rs_create_opts *o, uint64_t bytes);
 
 /* [OBJ] The image below, as it is to be written into the header.  format: raw
@@ -590,12 +602,13 @@ int qcow2rs_create_opts_set_backing(struct qcow2rs_create_opts *o,
 int qcow2rs_create_opts_set(struct qcow2rs_create_opts *o, const char *name,
                             const char *value);
 
-/* [MT] Overwrites *storage (consumed).  The backing file is not opened unless
- * size was not set and open_opts carry a policy that allows it.  When out is
- * not NULL the new image is returned open, as by qcow2rs_open with open_opts
- * (which may be NULL) plus OPEN_RDWR.  The reference policy is checked before
- * anything is written.  Durable on return unless open_opts say NO_FLUSH
- * (honoured without out, too). */
+/* [MT] Overwrites *storage (consumed).  When out is not NULL the new image is
+ * returned open, as by qcow2rs_open with open_opts (which may be NULL) plus
+ * OPEN_RDWR.  The backing file is opened, through the policy of open_opts, if
+ * size was not set or out is not NULL (for that once more in the end).  What
+ * open_opts and the backing file say against it is found out before anything is
+ * written.  Durable on return unless open_opts say NO_FLUSH (honoured without
+ * out, too). */
 QCOW2RS_MUST_USE
 int qcow2rs_create(struct qcow2rs_storage **storage,
                    const struct qcow2rs_create_opts *opts,

@@ -102,7 +102,7 @@ step 'C tests under valgrind' meson test -C build --setup valgrind --suite api -
 step 'C tests with AddressSanitizer' meson_test target/meson-asan -Db_sanitize=address,undefined
 step 'C tests without prelink' meson_test target/meson-plain -Dprelink=false
 step 'installed' use_installed
+step 'demo' scripts/demo.sh --size 0.125
 step 'subproject, shared' use_as_subproject shared
 step 'subproject, static' use_as_subproject static
-step 'demo, small' scripts/demo.sh --size 0.0625
 printf '\n==> all of it: ok, %d s\n' "$SECONDS"

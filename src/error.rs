@@ -23,6 +23,8 @@ pub enum ErrorKind {
     UnsupportedFeature,
     /// The image's metadata contradicts itself.
     Corrupt,
+    /// Stored data cannot be understood; the metadata is sound.
+    DataLost,
     /// The image carries the corrupt bit and was to be opened for writing.
     MarkedCorrupt,
     /// Somebody else uses the image.
@@ -103,7 +105,7 @@ impl ErrorKind {
         match self {
             NotQcow2 | BadHeader | InvalidArgument => libc::EINVAL,
             UnsupportedVersion | UnsupportedFeature | NotSupported => libc::ENOTSUP,
-            Corrupt | FlushFailed => libc::EIO,
+            Corrupt | DataLost | FlushFailed => libc::EIO,
             MarkedCorrupt | ReadOnly => libc::EROFS,
             Locked => libc::EAGAIN,
             Policy => libc::EPERM,
@@ -132,7 +134,7 @@ impl ErrorKind {
             BadHeader => code::BAD_HEADER,
             UnsupportedVersion => code::UNSUPPORTED_VERSION,
             UnsupportedFeature => code::UNSUPPORTED_FEATURE,
-            Corrupt => code::CORRUPT,
+            Corrupt | DataLost => code::CORRUPT,
             MarkedCorrupt => code::MARKED_CORRUPT,
             Locked => code::LOCKED,
             Policy => code::POLICY,

@@ -14,8 +14,8 @@ use support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, ZERO};
 use support::operations::{Backing, Case, Op};
 use support::refcounts::assert_exact;
 use support::{
-    Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, qemu,
-    qemu_create, qemu_img_check, qemu_img_compare, qemu_io, qemu_ok, read, text,
+    Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, open_somehow,
+    qemu, qemu_create, qemu_img_check, qemu_img_compare, qemu_io, qemu_ok, read, text,
 };
 
 const CLUSTER: u64 = 64 << 10;
@@ -71,8 +71,8 @@ fn layouts() -> Vec<(u32, u64, bool, u32)> {
     ]
 }
 
-fn for_cases(seeds: u64, test: impl Fn(Case, &mut Rng)) {
-    for_seeds("compressed", seeds, |seed| {
+fn for_cases(test: impl Fn(Case, &mut Rng)) {
+    for_seeds("compressed", 1, |seed| {
         for (number, layout) in layouts().into_iter().enumerate() {
             let (version, cluster_size, extended_l2, refcount_bits) = layout;
             // The last cluster is cut off by the end of the disk.
@@ -88,7 +88,7 @@ fn for_cases(seeds: u64, test: impl Fn(Case, &mut Rng)) {
 
 #[test]
 fn reads_agree_with_what_was_compressed() {
-    for_cases(1, |case, rng| {
+    for_cases(|case, rng| {
         let scratch = Scratch::new();
         let path = scratch.path("image");
         let bytes = mixed(rng, case.size, case.cluster_size);
@@ -116,13 +116,13 @@ fn reads_agree_with_what_was_compressed() {
 
 #[test]
 fn compressed_images_can_be_written_like_any_other() {
-    for_cases(2, |case, rng| {
+    for_cases(|case, rng| {
         let scratch = Scratch::new();
         let path = scratch.path("image");
         let mut model = mixed(rng, case.size, case.cluster_size);
         compress(&path, &case.options(), &model);
         for _ in 0..2 {
-            let image = open_rw(&path);
+            let image = open_somehow(&path, rng);
             for _ in 0..20 {
                 let op = case.op(rng, false);
                 op.apply(&image);

@@ -3,7 +3,11 @@
 
 mod support;
 
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
 use qcow2rs::{CreateOptions, ErrorKind, Format, Image, OpenOptions, Policy, Source};
+use support::memory_disk::{MemoryDisk, Request};
 use support::{Scratch, qemu, qemu_img_check, qemu_ok, text};
 
 fn options(set: &[(&str, &str)]) -> CreateOptions {
@@ -131,6 +135,105 @@ fn the_policy_is_asked_before_anything_is_written() {
     qcow2rs::create_path(&path, true, &options, &OpenOptions::new()).unwrap();
     assert_eq!(info(&path)["backing-filename"], "base.raw");
     assert_eq!(info(&path)["backing-filename-format"], "raw");
+}
+
+#[test]
+fn what_could_not_be_opened_is_refused_before_anything_is_written() {
+    let scratch = Scratch::new();
+    let path = scratch.path("old");
+    std::fs::write(&path, b"precious").unwrap();
+    std::fs::write(scratch.path("base.raw"), [1; 4096]).unwrap();
+    let plain = options(&[("size", "1G")]);
+    let mut on_base = plain.clone();
+    on_base.backing = Some((b"base.raw".to_vec(), Format::Raw));
+    let mut on_nothing = plain.clone();
+    on_nothing.backing = Some((b"no such file".to_vec(), Format::Raw));
+    let with = |name: &str, value: &str| {
+        let mut open = OpenOptions::new().policy(Policy::Paths);
+        open.set(name, value).unwrap();
+        open
+    };
+    let mut no_backing = OpenOptions::new();
+    no_backing.no_backing = true;
+    let cases = [
+        (&on_base, no_backing, ErrorKind::InvalidArgument),
+        (&plain, with("l2-cache-entry-size", "128k"), ErrorKind::InvalidArgument),
+        (&plain, with("max-virtual-size", "512M"), ErrorKind::Limit),
+        (&plain, with("max-metadata-size", "64k"), ErrorKind::Limit),
+        (&on_base, with("max-chain-depth", "0"), ErrorKind::ChainDepth),
+        (&on_nothing, OpenOptions::new().policy(Policy::Paths), ErrorKind::Backing(2)),
+    ];
+    for (create, open, kind) in cases {
+        let by_path = qcow2rs::create_path_open(&path, false, create, &open);
+        assert_eq!(by_path.err().unwrap().kind(), kind, "{open:?}");
+        let named = qcow2rs::create_open(Source::path(&path), create, &open);
+        assert_eq!(named.err().unwrap().kind(), kind, "{open:?}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious", "{open:?}");
+    }
+}
+
+#[test]
+fn the_old_header_is_gone_before_the_tables_are_written() {
+    #[derive(PartialEq, Debug)]
+    enum Event {
+        Write(u64),
+        Flush,
+    }
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let log = events.clone();
+    let disk = MemoryDisk::with_hook(&[0xff; 1 << 20], move |request| {
+        match request {
+            Request::Write(_, offset) => log.lock().unwrap().push(Event::Write(offset)),
+            Request::Flush => log.lock().unwrap().push(Event::Flush),
+            Request::Reading(_) | Request::Read(..) => {}
+        }
+        Ok(())
+    });
+    let disk = disk.without_truncate();
+    let set = options(&[("size", "64M")]);
+    qcow2rs::create(disk.source(), &set, &OpenOptions::new()).unwrap();
+    let events = events.lock().unwrap();
+    let tables = events.iter().position(|event| !matches!(event, Event::Write(0))).unwrap();
+    assert!(tables > 0 && events[tables] == Event::Flush, "{events:?}");
+    let [.., Event::Flush, Event::Write(0), Event::Flush] = events[..] else {
+        panic!("the header is not last: {events:?}");
+    };
+    let image = Image::open(disk.source(), &OpenOptions::new()).unwrap();
+    let mut data = [9; 4096];
+    image.read_at(&mut data, 0).unwrap();
+    assert_eq!(data, [0; 4096]);
+}
+
+#[test]
+fn what_could_not_be_written_is_not_left_behind() {
+    const PATH: &str = "QCOW2RS_TEST_FULL_PATH";
+    // The same test in a process whose files must stay small.
+    if let Some(path) = std::env::var_os(PATH) {
+        let path = std::path::Path::new(&path);
+        let create = |exclusive, set| {
+            qcow2rs::create_path(path, exclusive, &options(set), &OpenOptions::new())
+        };
+        for _ in 0..2 {
+            let error = create(true, &[("size", "1M")]).unwrap_err();
+            assert_ne!(error.kind(), ErrorKind::Exists, "{error}");
+            assert!(!path.exists());
+        }
+        // A file that was there before is not ours to remove.
+        std::fs::write(path, b"old").unwrap();
+        create(false, &[("size", "1M")]).unwrap_err();
+        assert!(path.exists());
+        return;
+    }
+    let scratch = Scratch::new();
+    let status = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "what_could_not_be_written_is_not_left_behind", "--nocapture"])
+        .env(PATH, scratch.path("image"))
+        .output()
+        .unwrap();
+    assert!(status.status.success(), "{status:?}");
+    assert!(String::from_utf8_lossy(&status.stdout).contains("1 passed"), "{status:?}");
 }
 
 #[test]

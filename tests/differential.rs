@@ -1,6 +1,6 @@
 //! The same random operations through QEMU and through the library: contents,
 //! L2 entries and refcounts must come out the same. Where we differ on purpose
-//! is in docs/qemu-differences.md and tested in `differences.rs`.
+//! is in docs/qemu-differences.md; `rules/zeroes.rs` and `snapshots.rs` test it.
 //!
 //! A failure names its seed: `QCOW2RS_SEED=n cargo test --test differential`
 //! replays it.

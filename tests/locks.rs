@@ -116,16 +116,21 @@ fn qemu_heeds_our_locks() {
     image.assert_qemu(true, true);
     let reader = image.open(false).unwrap();
     image.assert_qemu(true, false);
-    let writer = reader.change_access(access(true)).unwrap();
+    let change = |from: &Storage, access| {
+        let new = from.change_access(access).unwrap();
+        new.settle_lock().unwrap();
+        new
+    };
+    let writer = change(&reader, access(true));
     image.assert_qemu(false, false);
     drop(reader);
     image.assert_qemu(false, false);
-    let reader = writer.change_access(access(false)).unwrap();
+    let reader = change(&writer, access(false));
     drop(writer);
     image.assert_qemu(true, false);
     drop(reader);
     image.assert_qemu(true, true);
-    let _unlocked = image.open(false).unwrap().change_access(Access::default()).unwrap();
+    let _unlocked = change(&image.open(false).unwrap(), Access::default());
     image.assert_qemu(true, true);
 }
 

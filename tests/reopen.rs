@@ -2,9 +2,14 @@
 
 mod support;
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
-use qcow2rs::{CreateOptions, ErrorKind, Format, Image, OpenOptions, Policy, Source, WriteFlags};
+use qcow2rs::{
+    CreateOptions, Error, ErrorKind, Format, Image, OpenOptions, Policy, Reference, Resolver,
+    Source, WriteFlags,
+};
 use support::{Scratch, qemu, qemu_img_check, qemu_ok, text};
 
 const MIB: u64 = 1 << 20;
@@ -76,6 +81,59 @@ fn a_failed_reopen_leaves_the_old_state() {
     image.write_at(&[4; 4096], 0, WriteFlags::default()).unwrap();
     image.close().unwrap();
     qemu_img_check(&path);
+}
+
+/// Finds the backing file at first. Then it refuses, and another user comes for the
+/// image that is being opened.
+struct Intruder {
+    dir: PathBuf,
+    refuse: AtomicBool,
+    got_in: Mutex<Vec<(bool, Image)>>,
+}
+
+impl Resolver for Intruder {
+    fn resolve(
+        &self,
+        _: &Reference,
+        _: Option<Format>,
+    ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
+        if !self.refuse.load(Ordering::SeqCst) {
+            return Ok((Source::path(self.dir.join("base.raw")), Some(Format::Raw)));
+        }
+        let options = OpenOptions::new().policy(Policy::Paths);
+        for writable in [true, false] {
+            let source = Source::path(self.dir.join("top.qcow2"));
+            if let Ok(image) = Image::open(source, &options.clone().writable(writable)) {
+                self.got_in.lock().unwrap().push((writable, image));
+            }
+        }
+        Err(Error::new(ErrorKind::Policy, "not now"))
+    }
+}
+
+#[test]
+fn nobody_gets_in_while_a_reopen_fails() {
+    let scratch = Scratch::new();
+    overlay(&scratch).close().unwrap();
+    let path = scratch.path("top.qcow2");
+    let intruder = Arc::new(Intruder {
+        dir: path.parent().unwrap().to_owned(),
+        refuse: AtomicBool::new(false),
+        got_in: Mutex::default(),
+    });
+    let options = OpenOptions::new().policy(Policy::Resolve(intruder.clone())).writable(true);
+    for (writable, lock) in [(true, true), (false, true), (true, false), (false, false)] {
+        let what = format!("writable: {writable}, lock: {lock}");
+        intruder.refuse.store(false, Ordering::SeqCst);
+        let image = Image::open(Source::path(&path), &options).unwrap();
+        intruder.refuse.store(true, Ordering::SeqCst);
+        assert_eq!(image.reopen(writable, lock).unwrap_err().kind(), ErrorKind::Policy, "{what}");
+        assert!(intruder.got_in.lock().unwrap().is_empty(), "{what}");
+        assert!(!qemu("qemu-img", &["check", text(&path)]).status.success(), "{what}: locked");
+        image.write_at(&[5; 4096], 0, WriteFlags::default()).unwrap();
+        image.close().unwrap();
+        qemu_img_check(&path);
+    }
 }
 
 #[test]

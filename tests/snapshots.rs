@@ -14,8 +14,8 @@ use support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, ZERO, field};
 use support::operations::{Backing, Case, Op};
 use support::refcounts::assert_exact;
 use support::{
-    Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, qemu,
-    qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
+    Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, open_somehow,
+    qemu, qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
 };
 
 fn snapshot(image: &Path, action: &str, name: &str) {
@@ -71,7 +71,7 @@ impl Run {
     }
 
     fn ours(&mut self, rng: &mut Rng, count: usize) {
-        let image = open_rw(&self.path);
+        let image = open_somehow(&self.path, rng);
         assert_content(&image, &self.active);
         for _ in 0..count {
             let op = self.case.op(rng, false);

@@ -8,10 +8,10 @@ mod support;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use qcow2rs::{ErrorKind, Image, OpenOptions, Policy, Source, WriteFlags, ZeroFlags};
-use support::memory_disk::MemoryDisk;
+use support::memory_disk::{Gate, MemoryDisk, Request};
 use support::operations::{Backing, Case};
 use support::{
     Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, qemu_img_check, qemu_io,
@@ -349,28 +349,24 @@ fn who_needs_the_image_alone_is_told_that_it_is_busy() {
     let path = scratch.path("image");
     support::qemu_create(&path, "cluster_size=4k", 1 << 20);
     qemu_io(&path, &["write -P 5 0 64k".into()]);
-    // Reads of data wait at a barrier, twice: inside, and on the way out.
-    let (inside, leave, slow) = (Barrier::new(2), Barrier::new(2), AtomicBool::new(false));
-    let shared = std::sync::Arc::new((inside, leave, slow));
-    let gate = shared.clone();
-    let lie = move |_: &mut [u8], _: u64| {
-        if gate.2.load(SeqCst) {
-            gate.0.wait();
-            gate.1.wait();
+    let gate = Gate::new();
+    let held = gate.clone();
+    let disk = MemoryDisk::with_hook(&std::fs::read(&path).unwrap(), move |request| {
+        if let Request::Read(..) = request {
+            held.pass();
         }
-    };
-    let disk = MemoryDisk::lying(&std::fs::read(&path).unwrap(), Box::new(lie));
+        Ok(())
+    });
     let image = Image::open(disk.source(), &OpenOptions::new().writable(true)).unwrap();
     image.read_at(&mut [0; 512], 0).unwrap();
-    shared.2.store(true, SeqCst);
+    gate.close();
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
             let mut data = [0; 512];
             image.read_at(&mut data, 0).unwrap();
             assert_eq!(data, [5; 512]);
         });
-        shared.0.wait();
-        shared.2.store(false, SeqCst);
+        gate.wait_for_one();
         for attempt in [Image::close, Image::abandon, |image: &Image| image.reopen(true, true)] {
             assert_eq!(attempt(&image).unwrap_err().kind(), ErrorKind::Busy);
         }
@@ -378,7 +374,7 @@ fn who_needs_the_image_alone_is_told_that_it_is_busy() {
         image.write_at(&[6; 512], 512, WriteFlags::default()).unwrap();
         image.flush().unwrap();
         assert_eq!(image.info().unwrap().virtual_size, 1 << 20);
-        shared.1.wait();
+        gate.open();
         reader.join().unwrap();
     });
     image.reopen(false, true).unwrap();

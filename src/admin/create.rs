@@ -15,8 +15,8 @@ use crate::format::refcount::RefcountWidth;
 use crate::geometry::{Geometry, SUBCLUSTERS};
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
-use crate::image::open::{access, read};
-use crate::image::options::{Format, OpenOptions, Policy};
+use crate::image::open::{access, check_new, read};
+use crate::image::options::{Format, OpenOptions};
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::{Access, Source, Storage};
@@ -167,145 +167,163 @@ impl CreateOptions {
 
 /// What is checked and known before anything is written.
 struct Plan {
-    geometry: Geometry,
     width: RefcountWidth,
     layout: Layout,
-    header: Vec<u8>,
+    header: Header,
+    first_bytes: Vec<u8>,
 }
 
 fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
     let (geometry, width) = (options.geometry()?, options.width()?);
     let layout = layout(geometry, width, size)?;
-    let header = options.header(geometry, &layout, size).to_bytes()?;
-    Ok(Plan { geometry, width, layout, header })
+    let header = options.header(geometry, &layout, size);
+    let first_bytes = header.to_bytes()?;
+    Ok(Plan { width, layout, header, first_bytes })
 }
 
 /// The size of the disk, from the options or the backing file.
-fn size(options: &CreateOptions, open: &OpenOptions, place: Option<&Path>) -> Result<u64> {
-    let round_up = |size: u64| {
-        let size = size.checked_next_multiple_of(512).filter(|size| *size <= i64::MAX as u64);
-        size.ok_or_else(|| Error::invalid("the size is too large"))
+fn size(options: &CreateOptions, below: Option<&Disk>) -> Result<u64> {
+    let Some(size) = options.size.or(below.map(Disk::size)) else {
+        return Err(Error::invalid("a size is needed where there is no backing file"));
     };
-    match (options.size, &options.backing) {
-        (Some(size), _) => round_up(size),
-        (None, None) => Err(Error::invalid("a size is needed where there is no backing file")),
-        (None, Some((name, format))) => {
-            let size = block_on(backing_size(&Blocking, name, *format, open, place))?;
-            round_up(size)
+    let size = size.checked_next_multiple_of(512).filter(|size| *size <= i64::MAX as u64);
+    size.ok_or_else(|| Error::invalid("the size is too large"))
+}
+
+/// Opens what is below the new image, where that is needed: for its size, or to
+/// know that the new image can be opened (`opened`) once it is made.
+fn open_below(
+    options: &CreateOptions,
+    open: &OpenOptions,
+    place: Option<&Path>,
+    opened: bool,
+) -> Result<Option<Disk>> {
+    let Some((name, format)) = &options.backing else { return Ok(None) };
+    let followed = opened && !open.no_backing && !open.check_only;
+    if options.size.is_some() && !followed {
+        return Ok(None);
+    }
+    let referrer = place.map_or("the new image".into(), |path| path.to_string_lossy().into_owned());
+    let directory = place.and_then(Path::parent);
+    block_on(Disk::open_named(&Blocking, name, *format, &referrer, directory, open)).map(Some)
+}
+
+/// Where an image is made.
+enum Place<'a> {
+    /// Over what there is.
+    Source(Arc<Source>),
+    /// In a file that may have to be made, or (`exclusive`) must be.
+    File { path: &'a Path, exclusive: bool },
+}
+
+impl Place<'_> {
+    fn path(&self) -> Option<&Path> {
+        match self {
+            Place::File { path, .. } => Some(path),
+            Place::Source(source) => match &**source {
+                Source::Path(path) => Some(path),
+                _ => None,
+            },
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Place::File { path, .. } => Source::path(path).name(),
+            Place::Source(source) => source.name(),
+        }
+    }
+
+    fn open(&self, open: &OpenOptions) -> Result<Storage> {
+        let access = Access { writable: true, fixed_length: false, ..access(open) };
+        match self {
+            Place::Source(source) => Storage::open(source.clone(), access),
+            Place::File { path, exclusive } => Storage::create(path, *exclusive, access),
+        }
+    }
+
+    /// After a failure: what was made for the image alone goes again.
+    fn give_up(&self) {
+        if let Place::File { path, exclusive: true } = self {
+            // Whether it goes is no news.
+            _ = std::fs::remove_file(path);
         }
     }
 }
 
-async fn backing_size<E: Engine>(
-    engine: &E,
-    name: &[u8],
-    format: Format,
-    open: &OpenOptions,
-    place: Option<&Path>,
-) -> Result<u64> {
-    let referrer = place.map_or("the new image".into(), |path| path.to_string_lossy().into_owned());
-    let directory = place.and_then(Path::parent);
-    Ok(Disk::open_named(engine, name, format, &referrer, directory, open).await?.size())
-}
-
-/// That the new image could be opened afterwards, as far as the policy goes.
-fn check_policy(options: &CreateOptions, open: &OpenOptions) -> Result<()> {
-    match (&options.backing, &open.policy) {
-        (Some((name, _)), Policy::Deny) if !open.no_backing => Err(Error::new(
-            ErrorKind::Policy,
-            format!(
-                "the new image could not be opened: its backing file {:?} is not allowed by the \
-                 reference policy",
-                String::from_utf8_lossy(name)
-            ),
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// How a storage is opened to be made an image.
-fn creating(open: &OpenOptions) -> Access {
-    Access { writable: true, fixed_length: false, ..access(open) }
-}
-
-/// Makes an image in `source`, whatever was there before. Durable on return
-/// unless `open` says `no_flush`. Blocks.
-pub fn create(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
-    create_in(source, options, open).map(drop)
-}
-
-/// As [`create`], and returns the new image open for writing. The policy of
-/// `open` must allow the backing file: that is checked first.
-pub fn create_open(
-    source: Arc<Source>,
+/// Makes an image; with all checks that can be done before if it will be `opened`.
+fn make(
+    place: &Place<'_>,
     options: &CreateOptions,
     open: &OpenOptions,
-) -> Result<Image> {
-    check_policy(options, open)?;
-    let storage = create_in(source, options, open)?;
-    Image::open_storage(storage, &open_after(open))
+    opened: bool,
+) -> Result<Storage> {
+    open.validate()?;
+    // Open, and locked, until all is written: it is not to be overwritten itself.
+    let below = open_below(options, open, place.path(), opened)?;
+    let plan = plan(options, size(options, below.as_ref())?)?;
+    if opened {
+        check_new(&plan.header, &open_after(open), &place.name())?;
+    }
+    let storage = place.open(open)?;
+    block_on(write(&Blocking, &storage, &plan)).inspect_err(|_| place.give_up())?;
+    options.advise(storage.name());
+    Ok(storage)
+}
+
+fn make_open(place: &Place<'_>, options: &CreateOptions, open: &OpenOptions) -> Result<Image> {
+    let storage = make(place, options, open, true)?;
+    Image::open_storage(storage, &open_after(open)).inspect_err(|_| place.give_up())
 }
 
 fn open_after(open: &OpenOptions) -> OpenOptions {
     OpenOptions { writable: true, format: Format::Qcow2, ..open.clone() }
 }
 
-fn create_in(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<Storage> {
-    open.validate()?;
-    let place = match &*source {
-        Source::Path(path) => Some(path.clone()),
-        _ => None,
-    };
-    let size = size(options, open, place.as_deref())?;
-    let plan = plan(options, size)?;
-    let storage = Storage::open(source, creating(open))?;
-    block_on(write(&Blocking, &storage, &plan))?;
-    options.advise(storage.name());
-    Ok(storage)
+/// Makes an image in `source`, whatever was there before. Durable on return
+/// unless `open` says `no_flush`. Blocks.
+pub fn create(source: Arc<Source>, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
+    make(&Place::Source(source), options, open, false).map(drop)
+}
+
+/// As [`create`], and returns the new image open for writing. That `open` allows
+/// for that, and the backing file with it, is found out first.
+pub fn create_open(
+    source: Arc<Source>,
+    options: &CreateOptions,
+    open: &OpenOptions,
+) -> Result<Image> {
+    make_open(&Place::Source(source), options, open)
 }
 
 /// Makes an image in a file, mode 0644 less the umask. `exclusive`: `Exists`
-/// rather than overwrite. The file is locked before it is emptied.
+/// rather than overwrite, and a file made in vain is removed. The file is locked
+/// before it is emptied.
 pub fn create_path(
     path: &Path,
     exclusive: bool,
     options: &CreateOptions,
     open: &OpenOptions,
 ) -> Result<()> {
-    create_path_in(path, exclusive, options, open).map(drop)
+    make(&Place::File { path, exclusive }, options, open, false).map(drop)
 }
 
-/// As [`create_path`], and returns the new image open for writing.
+/// As [`create_path`], and returns the new image open for writing; see
+/// [`create_open`].
 pub fn create_path_open(
     path: &Path,
     exclusive: bool,
     options: &CreateOptions,
     open: &OpenOptions,
 ) -> Result<Image> {
-    check_policy(options, open)?;
-    let storage = create_path_in(path, exclusive, options, open)?;
-    Image::open_storage(storage, &open_after(open))
-}
-
-fn create_path_in(
-    path: &Path,
-    exclusive: bool,
-    options: &CreateOptions,
-    open: &OpenOptions,
-) -> Result<Storage> {
-    open.validate()?;
-    let size = size(options, open, Some(path))?;
-    let plan = plan(options, size)?;
-    let storage = Storage::create(path, exclusive, creating(open))?;
-    block_on(write(&Blocking, &storage, &plan))?;
-    options.advise(storage.name());
-    Ok(storage)
+    make_open(&Place::File { path, exclusive }, options, open)
 }
 
 /// Writes a new image. Whatever was there is no image any more before the first
 /// table is written, and is one again with the last write.
 async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<()> {
-    let Plan { geometry, width, layout, header } = plan;
+    let Plan { width, layout, header, first_bytes } = plan;
+    let geometry = header.geometry;
     let cluster = geometry.cluster_size();
     match storage.truncate(engine, 0).await {
         Err(error) if error.kind() != ErrorKind::NotSupported => return Err(error),
@@ -314,6 +332,7 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
     if storage.length()? > 0 {
         let bytes = storage.length()?.min(cluster) as usize;
         storage.write(engine, &[Piece::Zeroes(bytes)], 0).await?;
+        storage.sync(engine).await?;
     }
     // A table of any size, and nothing after it but the next one.
     let end = (layout.l1_at() << geometry.cluster_bits) + layout.l1_entries * 8;
@@ -340,7 +359,7 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
             .await?;
     }
     storage.sync(engine).await?;
-    write_at(engine, storage, header, 0).await?;
+    write_at(engine, storage, first_bytes, 0).await?;
     storage.sync(engine).await
 }
 
@@ -369,7 +388,8 @@ async fn write_at<E: Engine>(
 /// Bytes that an image with these options needs: without data, and holding
 /// `size` bytes of it, as `qemu-img measure` reckons.
 pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
-    let size = size(options, &OpenOptions::default(), None)?;
+    let below = open_below(options, &OpenOptions::default(), None, false)?;
+    let size = size(options, below.as_ref())?;
     let (geometry, width) = (options.geometry()?, options.width()?);
     layout(geometry, width, size)?;
     let full = fully_allocated(geometry, width, size);

@@ -34,6 +34,8 @@ pub struct Allocator {
     pub(super) state: Mutex<State>,
     /// Held by whoever looks for the next run.
     refilling: AsyncMutex<()>,
+    /// Held during a sync.
+    syncing: AsyncMutex<()>,
     /// The refcounts.
     pub refcounts: Refcounts,
     /// Freed clusters that may not be used yet.
@@ -55,8 +57,11 @@ pub(super) struct State {
     run: Range<u64>,
     run_is_fresh: bool,
     next_run_bytes: u64,
-    /// No cluster below has a refcount of 0, as far as is known.
+    /// No cluster below had a refcount of 0 when the last search began.
     hint: u64,
+    /// The lowest cluster that became free since the search for the next run began,
+    /// which may have passed it by.
+    freed_since: u64,
     /// From here on no cluster has ever been written: they read as zero.
     pub fresh_from: u64,
     /// Length of the file as far as this allocator made it.
@@ -147,12 +152,14 @@ impl Allocator {
                 run_is_fresh: false,
                 next_run_bytes: FIRST_RUN,
                 hint: 0,
+                freed_since: u64::MAX,
                 fresh_from,
                 file_length,
                 returned: Vec::new(),
                 abandoned: Vec::new(),
             }),
             refilling: AsyncMutex::new(()),
+            syncing: AsyncMutex::new(()),
             refcounts,
             limbo: Limbo::default(),
             epochs: Epochs::default(),
@@ -241,7 +248,11 @@ impl Allocator {
 
     /// Finds the next run of free clusters and raises their refcounts.
     async fn refill<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        let mut at = self.lock().hint;
+        let mut at = {
+            let mut state = self.lock();
+            state.freed_since = u64::MAX;
+            state.hint
+        };
         loop {
             let place = match self.refcounts.place(at)? {
                 Some(place) => place,
@@ -341,7 +352,7 @@ impl Allocator {
         if state.run_is_fresh {
             state.fresh_from = run.end;
         }
-        state.hint = run.end;
+        state.hint = run.end.min(state.freed_since);
         state.run = run;
         self.note_untouched(&state);
         Ok(())
@@ -432,22 +443,35 @@ impl Allocator {
         words.iter().flat_map(|word| word.to_be_bytes()).collect()
     }
 
-    /// Syncs; a failure is for good.
+    /// Syncs; a failure is for good. One at a time: the system tells of a failure
+    /// once, and a sync beside or after that one would succeed though what it should
+    /// have made durable is lost.
     pub async fn barrier<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        let _one_at_a_time = self.syncing.lock().await;
+        self.health.check_syncs()?;
         storage.sync(engine).await.map_err(|error| self.health.sync_failed(error))
     }
 
     /// Lowers the refcounts of what has left limbo; the clusters are free then.
     pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        for clusters in self.limbo.take_ready(&self.epochs) {
-            let (freed, lowest) = self.refcounts.lower(engine, storage, clusters).await?;
-            self.freed.fetch_add(freed, Ordering::Relaxed);
-            if let Some(lowest) = lowest {
-                let mut state = self.lock();
-                state.hint = state.hint.min(lowest);
+        let mut ready = self.limbo.take_ready(&self.epochs);
+        while let Some(clusters) = ready.next() {
+            let lowered = self.refcounts.lower_some(engine, storage, clusters).await?;
+            ready.done(lowered.count);
+            self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
+            if let Some(lowest) = lowered.lowest {
+                self.note_free(lowest);
             }
         }
         Ok(())
+    }
+
+    /// Has the next search, or the one after the search that is under way, begin
+    /// no later than here.
+    pub(super) fn note_free(&self, cluster: u64) {
+        let mut state = self.lock();
+        state.hint = state.hint.min(cluster);
+        state.freed_since = state.freed_since.min(cluster);
     }
 
     /// Gives back what was raised ahead and not used. Nothing may be under way.

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+use crate::io::wait::WaitList;
 use crate::shard::{self, Sharded};
 
 /// The epochs of an image.
@@ -15,16 +16,33 @@ pub struct Epochs {
     current: AtomicU64,
     /// Requests inside that entered at an even or an odd epoch.
     inside: Sharded<[AtomicU64; 2]>,
+    /// Those who wait for somebody to leave, and how many they are: mostly none,
+    /// so that leaving need not look at the list.
+    waiting: AtomicU64,
+    left: WaitList,
 }
 
 /// A request that is inside; leaves when dropped.
 pub struct Inside<'a> {
+    epochs: &'a Epochs,
     counter: &'a AtomicU64,
 }
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         self.counter.fetch_sub(1, SeqCst);
+        if self.epochs.waiting.load(SeqCst) != 0 {
+            self.epochs.left.wake_all();
+        }
+    }
+}
+
+/// Somebody who waits for others to leave.
+struct Waiting<'a>(&'a Epochs);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, SeqCst);
     }
 }
 
@@ -38,7 +56,7 @@ impl Epochs {
             let counter = &counters[(epoch & 1) as usize];
             counter.fetch_add(1, SeqCst);
             if self.current.load(SeqCst) == epoch {
-                return Inside { counter };
+                return Inside { epochs: self, counter };
             }
             // The epoch moved on before we were counted in it.
             counter.fetch_sub(1, SeqCst);
@@ -53,6 +71,19 @@ impl Epochs {
     /// Whether everybody has left who could know what was freed at `stamp`.
     pub fn has_passed(&self, stamp: u64) -> bool {
         self.now() >= stamp.saturating_add(2)
+    }
+
+    /// Waits until everybody has left who is inside now. Not to be called from
+    /// inside.
+    pub async fn all_left(&self) {
+        let stamp = self.now();
+        self.waiting.fetch_add(1, SeqCst);
+        let _waiting = Waiting(self);
+        let passed = || {
+            self.advance();
+            self.has_passed(stamp).then_some(())
+        };
+        self.left.until(passed).await;
     }
 
     /// Moves on as far as the requests inside allow; two steps release all that
@@ -73,6 +104,7 @@ impl Epochs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::wait::block_on;
 
     #[test]
     fn nothing_passes_while_somebody_is_inside() {
@@ -132,5 +164,24 @@ mod tests {
             }
             done.store(1, SeqCst);
         });
+    }
+
+    #[test]
+    fn waiting_for_others_to_leave_ends_when_they_have() {
+        let epochs = Epochs::default();
+        let left = AtomicU64::new(0);
+        for _ in 0..200 {
+            let inside = epochs.enter();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    block_on(epochs.all_left());
+                    assert_eq!(left.swap(0, SeqCst), 1, "somebody is inside");
+                });
+                std::thread::yield_now();
+                left.store(1, SeqCst);
+                drop(inside);
+            });
+            assert_eq!(epochs.waiting.load(SeqCst), 0);
+        }
     }
 }

@@ -9,14 +9,12 @@ use super::allocator::Allocator;
 use super::overlap::Metadata;
 use super::refcounts::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::Header;
 use crate::format::limits::MAX_REFTABLE_BYTES;
 use crate::geometry::HostOffset;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::Storage;
 use crate::sys::memory::Block;
-
-/// Where the header keeps the table's offset (8 bytes) and clusters (4 bytes).
-const HEADER_FIELDS: u64 = 48;
 
 /// The clusters of a larger table.
 struct Layout {
@@ -101,7 +99,7 @@ impl Allocator {
         let mut fields = offset.to_be_bytes().to_vec();
         fields.extend_from_slice(&(table_clusters as u32).to_be_bytes());
         let block = Block::from_bytes(&fields)?;
-        storage.write(engine, &[Piece::Block(block.slice(0, 12))], HEADER_FIELDS).await?;
+        storage.write(engine, &[Piece::Block(block.slice(0, 12))], Header::REFTABLE_AT).await?;
         self.barrier(engine, storage).await?;
 
         self.overlap.add(start * size, blocks * size, Metadata::RefcountBlock);
@@ -123,7 +121,8 @@ impl Allocator {
         }
         // Nobody reads the table but through memory, and the switch is durable.
         let old = old_offset / size..old_offset / size + (old_entries * 8).div_ceil(size);
-        self.refcounts.lower(engine, storage, old).await?;
+        self.refcounts.lower(engine, storage, old.clone()).await?;
+        self.note_free(old.start);
         Ok(())
     }
 }

@@ -15,17 +15,23 @@ impl Health {
     /// Whether writing is still allowed.
     #[inline]
     pub fn check(&self) -> Result<()> {
-        if self.sync_failed.load(SeqCst) {
-            return Err(Error::new(
-                ErrorKind::FlushFailed,
-                "an earlier sync failed, so what is durable is unknown: open the image again",
-            ));
-        }
+        self.check_syncs()?;
         if self.corrupt.load(SeqCst) {
             return Err(Error::new(
                 ErrorKind::Shutdown,
                 "the image was found to be corrupt: writes are refused until it is repaired \
                  (qemu-img check -r all)",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether it is known what is durable.
+    pub fn check_syncs(&self) -> Result<()> {
+        if self.sync_failed.load(SeqCst) {
+            return Err(Error::new(
+                ErrorKind::FlushFailed,
+                "an earlier sync failed, so what is durable is unknown: open the image again",
             ));
         }
         Ok(())

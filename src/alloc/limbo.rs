@@ -56,17 +56,19 @@ impl Limbo {
         self.lock().quiescing.extend(freed.into_iter().map(|freed| (stamp, freed)));
     }
 
-    /// Takes what nobody can be using any more: its refcounts may be lowered.
-    pub fn take_ready(&self, epochs: &Epochs) -> Vec<Freed> {
+    /// What nobody can be using any more: its refcounts may be lowered.
+    pub fn take_ready(&self, epochs: &Epochs) -> Ready<'_> {
         epochs.advance();
         let mut state = self.lock();
-        let mut ready = Vec::new();
-        while state.quiescing.front().is_some_and(|(stamp, _)| epochs.has_passed(*stamp)) {
-            let Some((_, freed)) = state.quiescing.pop_front() else { break };
-            state.clusters -= freed.end - freed.start;
-            ready.push(freed);
-        }
-        ready
+        let passed = |(stamp, _): &(u64, Freed)| epochs.has_passed(*stamp);
+        let count = state.quiescing.iter().take_while(|waiting| passed(waiting)).count();
+        Ready { limbo: self, waiting: state.quiescing.drain(..count).collect() }
+    }
+
+    /// Number of ranges that wait.
+    pub fn ranges(&self) -> usize {
+        let state = self.lock();
+        state.announced.len() + state.quiescing.len()
     }
 
     /// Number of clusters that wait.
@@ -75,22 +77,67 @@ impl Limbo {
     }
 }
 
+/// Clusters on their way out. Those that are not gone when this is dropped (an
+/// error, a request given up) go back to where they were.
+pub struct Ready<'a> {
+    limbo: &'a Limbo,
+    waiting: VecDeque<(u64, Freed)>,
+}
+
+impl Ready<'_> {
+    /// The next whose refcounts are to be lowered.
+    pub fn next(&self) -> Option<Freed> {
+        self.waiting.front().map(|(_, freed)| freed.clone())
+    }
+
+    /// The first `count` clusters of what `next` returned are free.
+    pub fn done(&mut self, count: u64) {
+        self.limbo.lock().clusters -= count;
+        if let Some((_, freed)) = self.waiting.front_mut() {
+            freed.start += count;
+            if freed.is_empty() {
+                self.waiting.pop_front();
+            }
+        }
+    }
+}
+
+impl Drop for Ready<'_> {
+    fn drop(&mut self) {
+        let mut state = self.limbo.lock();
+        while let Some(freed) = self.waiting.pop_back() {
+            state.quiescing.push_front(freed);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Takes out all that is ready.
+    fn take(limbo: &Limbo, epochs: &Epochs) -> Vec<Freed> {
+        let mut ready = limbo.take_ready(epochs);
+        std::iter::from_fn(|| {
+            let next = ready.next()?;
+            ready.done(next.end - next.start);
+            Some(next)
+        })
+        .collect()
+    }
 
     #[test]
     fn reuse_waits_for_the_drop_and_for_the_readers() {
         let (limbo, epochs) = (Limbo::default(), Epochs::default());
         let reader = epochs.enter();
         limbo.announce(5..7);
-        assert!(limbo.take_ready(&epochs).is_empty());
+        assert!(take(&limbo, &epochs).is_empty());
         let flushed = limbo.take_announced();
         limbo.announce(9..10);
         limbo.dropped(flushed, &epochs);
-        assert!(limbo.take_ready(&epochs).is_empty(), "a reader is inside");
+        assert!(take(&limbo, &epochs).is_empty(), "a reader is inside");
         drop(reader);
-        assert_eq!(limbo.take_ready(&epochs), vec![5..7]);
+        assert_eq!(take(&limbo, &epochs), vec![5..7]);
         assert_eq!(limbo.clusters(), 1, "announced after the flush began");
     }
 
@@ -102,6 +149,21 @@ mod tests {
         limbo.put_back(flushed);
         let flushed = limbo.take_announced();
         limbo.dropped(flushed, &epochs);
-        assert_eq!(limbo.take_ready(&epochs), vec![5..7]);
+        assert_eq!(take(&limbo, &epochs), vec![5..7]);
+    }
+
+    #[test]
+    fn what_is_not_done_stays_ready() {
+        let (limbo, epochs) = (Limbo::default(), Epochs::default());
+        limbo.announce(5..9);
+        limbo.announce(20..21);
+        limbo.dropped(limbo.take_announced(), &epochs);
+        let mut ready = limbo.take_ready(&epochs);
+        assert_eq!(ready.next(), Some(5..9));
+        ready.done(3);
+        assert_eq!(limbo.clusters(), 2);
+        drop(ready);
+        assert_eq!(take(&limbo, &epochs), [8..9, 20..21]);
+        assert_eq!(limbo.clusters(), 0);
     }
 }

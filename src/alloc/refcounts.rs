@@ -5,6 +5,7 @@
 //! the pointer was durably dropped (see `limbo`), so writing them early is safe
 //! as well: a crash leaves leaks, never a count that is too low.
 
+use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -45,6 +46,15 @@ pub(super) struct Place {
     pub index: u64,
     /// Counts in the slice.
     pub count: u64,
+}
+
+/// Clusters that each lost a reference.
+pub(super) struct Lowered {
+    /// How many.
+    pub count: u64,
+    /// How many of them are free now, and the lowest of those.
+    pub freed: u64,
+    pub lowest: Option<u64>,
 }
 
 impl Refcounts {
@@ -173,50 +183,58 @@ impl Refcounts {
         slice.set(at, self.width.set(slice.get(at), index % per_word, value));
     }
 
-    /// Takes one reference from each cluster of a range. Returns how many are free
-    /// now, and the lowest of them. `Corrupt` where there was none to take, and
-    /// for metadata, which has left the overlap index before it is freed.
+    /// Takes one reference from each cluster of a range. `Corrupt` where there was
+    /// none to take, and for metadata, which has left the overlap index before it is
+    /// freed.
     pub async fn lower<E: Engine>(
         &self,
         engine: &E,
         storage: &Storage,
-        clusters: std::ops::Range<u64>,
-    ) -> Result<(u64, Option<u64>)> {
-        self.overlap.check_free(clusters.clone())?;
-        let (mut freed, mut lowest) = (0, None);
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let none_left = |cluster| {
-                Error::corrupt(format!(
-                    "{}: host cluster {cluster} was in use but its refcount is 0",
-                    storage.name()
-                ))
-            };
-            let place = self.place(at)?.ok_or_else(|| none_left(at))?;
-            let count = (clusters.end - at).min(place.count - place.index);
-            let bad = self
-                .update(engine, storage, place.key, |slice| {
-                    for n in 0..count {
-                        let index = place.index + n;
-                        match self.get_in(index, |i| slice.get(i)) {
-                            0 => return Some(at + n),
-                            1 => {
-                                freed += 1;
-                                lowest = lowest.or(Some(at + n));
-                                self.set_in(slice, index, 0);
-                            }
-                            more => self.set_in(slice, index, more - 1),
-                        }
-                    }
-                    None
-                })
-                .await?;
-            if let Some(cluster) = bad {
-                return Err(none_left(cluster));
-            }
-            at += count;
+        mut clusters: Range<u64>,
+    ) -> Result<()> {
+        while !clusters.is_empty() {
+            clusters.start += self.lower_some(engine, storage, clusters.clone()).await?.count;
         }
-        Ok((freed, lowest))
+        Ok(())
+    }
+
+    /// As `lower`, for those clusters at the start of a range that one slice
+    /// counts: all in one step.
+    pub(super) async fn lower_some<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        clusters: Range<u64>,
+    ) -> Result<Lowered> {
+        let none_left = |cluster| {
+            Error::corrupt(format!(
+                "{}: host cluster {cluster} was in use but its refcount is 0",
+                storage.name()
+            ))
+        };
+        let first = clusters.start;
+        let place = self.place(first)?.ok_or_else(|| none_left(first))?;
+        let count = (clusters.end - first).min(place.count - place.index);
+        self.overlap.check_free(first..first + count)?;
+        let lowered = self
+            .update(engine, storage, place.key, |slice| {
+                let mut lowered = Lowered { count, freed: 0, lowest: None };
+                for n in 0..count {
+                    let index = place.index + n;
+                    match self.get_in(index, |i| slice.get(i)) {
+                        0 => return Err(first + n),
+                        1 => {
+                            lowered.freed += 1;
+                            lowered.lowest = lowered.lowest.or(Some(first + n));
+                            self.set_in(slice, index, 0);
+                        }
+                        more => self.set_in(slice, index, more - 1),
+                    }
+                }
+                Ok(lowered)
+            })
+            .await?;
+        lowered.map_err(none_left)
     }
 
     /// Whether anything waits to be written.

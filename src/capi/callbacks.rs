@@ -34,7 +34,8 @@ pub struct qcow2rs_io_ops {
             offset: u64,
         ) -> c_int,
     >,
-    /// Extends the storage.  NULL: read-only.
+    /// Extends the storage; what it skips behind the old end must read as zero.
+    /// NULL: read-only.
     pub pwritev: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,
@@ -47,7 +48,8 @@ pub struct qcow2rs_io_ops {
     pub get_length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
     /// Makes durable what completed before.
     pub flush: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// Sets the length.
+    /// Sets the length; bytes that are new must read as zero, those that were
+    /// once cut off, too.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
     /// A hint: the range is of no use any more.
     pub discard:

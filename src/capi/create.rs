@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::limits::MAX_BACKING_NAME;
 use crate::image::options::Format;
 
-/// -EEXIST rather than truncate.
+/// -EEXIST rather than truncate; a file made in vain is removed.
 pub const QCOW2RS_CREATE_EXCL: u32 = 1;
 
 /// What a new image is to be.  Reusable for any number of images.
@@ -46,7 +46,8 @@ pub unsafe extern "C" fn qcow2rs_create_opts_free(opts: *mut *mut qcow2rs_create
     entry!(|call| call.take(opts).map(drop))
 }
 
-/// [OBJ] Typed setters for what every program sets...
+/// [OBJ] Typed setters for what every program sets...  The size is rounded up
+/// to a multiple of 512.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_create_opts_set_size(
     o: *mut qcow2rs_create_opts,
@@ -105,12 +106,13 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set(
     })
 }
 
-/// [MT] Overwrites *storage (consumed).  The backing file is not opened unless
-/// size was not set and open_opts carry a policy that allows it.  When out is
-/// not NULL the new image is returned open, as by qcow2rs_open with open_opts
-/// (which may be NULL) plus OPEN_RDWR.  The reference policy is checked before
-/// anything is written.  Durable on return unless open_opts say NO_FLUSH
-/// (honoured without out, too).
+/// [MT] Overwrites *storage (consumed).  When out is not NULL the new image is
+/// returned open, as by qcow2rs_open with open_opts (which may be NULL) plus
+/// OPEN_RDWR.  The backing file is opened, through the policy of open_opts, if
+/// size was not set or out is not NULL (for that once more in the end).  What
+/// open_opts and the backing file say against it is found out before anything is
+/// written.  Durable on return unless open_opts say NO_FLUSH (honoured without
+/// out, too).
 #[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_create(

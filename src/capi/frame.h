@@ -17,7 +17,9 @@
  * COMMON ERRORS, not repeated below (any function returning int):
  *   -EINVAL   NULL where not allowed, unknown flag bit, non-zero reserved
  *             field, size/offset overflow, struct_size too small.
- *   -ENOMEM   allocation failed or a configured memory limit was reached.
+ *   -ENOMEM   allocation failed.
+ *   -EFBIG    a limit of the open options would be exceeded, that of memory
+ *             for metadata included (code QCOW2RS_E_LIMIT).
  *   -EIO      lower-layer I/O error, or image corruption met at run time
  *             (code QCOW2RS_E_CORRUPT).
  *   -ENOTRECOVERABLE  an internal bug (a Rust panic) was caught; the handle is

@@ -94,9 +94,10 @@ fn write_flags(given: u32) -> Result<WriteFlags> {
 /// [MT] Reads.  flags: 0.  This and all that follow in this section: any number
 /// in flight; no order between requests in flight, the outcome of overlapping
 /// writes in flight is either one, per 512-byte sector.  length == 0 succeeds
-/// for any offset up to the virtual size.  Buffers need no alignment.  A
-/// blocking call may wait for a conflicting request in flight on a queue:
-/// somebody must be driving that queue.
+/// for any offset up to the virtual size where any length could: writing nothing
+/// is still -EROFS on a read-only image.  Buffers need no alignment.  A blocking
+/// call may wait for a conflicting request in flight on a queue: somebody must
+/// be driving that queue.
 /// -EINVAL: offset + length is past the virtual size.
 /// -ENOSPC: the storage is full: the image is consistent, the range holds old
 /// or new data by (sub)cluster, and the same request may be retried.

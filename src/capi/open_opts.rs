@@ -22,8 +22,9 @@ pub const QCOW2RS_OPEN_DIRECT: u32 = 4;
 pub const QCOW2RS_OPEN_WRITETHROUGH: u32 = 8;
 /// cache=unsafe: tests only.
 pub const QCOW2RS_OPEN_NO_FLUSH: u32 = 16;
-/// This layer only; holes read as zero, status says UNALLOCATED; -EINVAL with
-/// RDWR where the image names a backing file, unless CHECK_ONLY.
+/// This layer only; holes read as zero, status says ZERO
+/// without ALLOCATED; -EINVAL with RDWR where the image names a backing file,
+/// unless CHECK_ONLY.
 pub const QCOW2RS_OPEN_NO_BACKING: u32 = 32;
 /// Tolerate damage, dirty and corrupt bits; only info, check and repair are
 /// allowed.
@@ -42,7 +43,8 @@ pub const QCOW2RS_FORMAT_RAW: u32 = 2;
 /// QCOW2RS_E_POLICY, and no file is touched.
 pub const QCOW2RS_REF_DENY: u32 = 0;
 /// Trusted images only: plain paths, relative to the directory of the referring
-/// image; never "json:" or "protocol:" names.
+/// image (one that was not opened by path has none: -EPERM, use RESOLVE); never
+/// "json:" or "protocol:" names.
 pub const QCOW2RS_REF_PATHS: u32 = 1;
 /// Ask the callback.
 pub const QCOW2RS_REF_RESOLVE: u32 = 2;
@@ -165,10 +167,12 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// qcow2: for an image that stores no backing format, which is otherwise
 /// refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
 /// QEMU: a read-write open of an image whose dirty bit is set rebuilds its
-/// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY),
+/// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
+/// build refuses such an open with -ENOTSUP, be it on or off),
 /// "allow-qcow2-magic" (on|off, default off: see set_format),
-/// "max-chain-depth" (default 200), "max-metadata-size" (default 1G: for the
-/// whole chain, caches included; the cache sizes are per layer),
+/// "max-chain-depth" (images below this one, default 200),
+/// "max-metadata-size" (default 1G: for the whole chain, caches included; the
+/// cache sizes are per layer),
 /// "max-virtual-size" (default: the format's), "backing-direct" (on|off:
 /// O_DIRECT for the images below, default as this one's, so that many disks can
 /// share one base's page cache).  Accepted, with nothing to change:

@@ -55,6 +55,7 @@ impl Disk {
         let size = geometry.cluster_size();
         let mut at = range.start;
         while at < range.end {
+            image.bound_limbo(engine).await?;
             let first = geometry.guest_cluster(GuestOffset(at));
             let start = geometry.guest_start(first).0;
             if self.nothing_to_discard(image, first) {
@@ -117,10 +118,12 @@ impl Disk {
                 }
             })
             .await?;
+        // First what would be lost if this were given up.
+        image.free(engine, writing, &freed).await?;
         for (host, alloc) in kept {
             image.punch_subclusters(engine, writing, host, alloc).await;
         }
-        image.free(engine, writing, &freed).await
+        Ok(())
     }
 
     /// The subclusters of one cluster that a range covers.
@@ -210,7 +213,9 @@ impl Qcow2 {
         let length = bytes.end - bytes.start;
         let own = writing.allocator.overlap.check_data(bytes.start, length).is_ok();
         if writing.punch && own && self.storage.can_punch() {
-            let _ = self.storage.discard(engine, bytes.start, length).await;
+            // Not a discard, which may leave anything: until the next flush a crash
+            // brings the old entry back.
+            let _ = self.storage.zero(engine, bytes.start, length, ZeroMode::Punch).await;
         }
     }
 

@@ -147,34 +147,40 @@ impl Image {
     /// Drops all caches and reads the chain's metadata again. `InvalidArgument`
     /// on an image open for writing; `Busy`. On failure the old state stands.
     pub fn invalidate(&self) -> Result<()> {
-        let disk = self.disk()?;
-        if disk.options.writable {
-            return Err(Error::invalid("invalidate is for images that are open read-only"));
-        }
-        self.change(&disk.options.clone())
+        self.change(|options| match options.writable {
+            true => Err(Error::invalid("invalidate is for images that are open read-only")),
+            false => Ok(options.clone()),
+        })
     }
 
     /// Changes between read-only and read-write, with or without locks. `Locked`,
     /// and all errors of open; on failure the old state stands.
     pub fn reopen(&self, writable: bool, lock: bool) -> Result<()> {
-        let options = self.disk()?.options.clone();
-        self.change(&OpenOptions { writable, lock, ..options })
+        self.change(|options| Ok(OpenOptions { writable, lock, ..options.clone() }))
     }
 
-    /// Opens the same storage and its chain again with other options.
-    fn change(&self, options: &OpenOptions) -> Result<()> {
+    /// Opens the same storage and its chain again with other options, made from
+    /// those that nobody changes meanwhile.
+    fn change(&self, options: impl FnOnce(&OpenOptions) -> Result<OpenOptions>) -> Result<()> {
         let mut all = self.exclusive()?;
         let old = self.disk()?;
+        let options = &options(&old.options)?;
         block_on(old.settle(&Blocking))?;
         let Some(top) = old.layers.first() else { return Err(closed()) };
         let storage = top.storage().change_access(access(options))?;
-        match block_on(Disk::open_storage(&Blocking, storage, options)) {
+        let opened = block_on(Disk::open_storage(&Blocking, storage, options)).and_then(|disk| {
+            disk.layers.first().map_or(Ok(()), |top| top.storage().settle_lock())?;
+            Ok(disk)
+        });
+        match opened {
             Ok(disk) => {
                 all.replace(Some(Arc::new(disk)));
                 Ok(())
             }
             Err(error) => {
-                top.storage().relock()?;
+                // The lock was held all the time; should it not go back to what it
+                // was, it is too strong at worst.
+                _ = top.storage().settle_lock();
                 Err(error)
             }
         }

@@ -29,8 +29,6 @@ impl Qcow2 {
         let old = self.table_of(self.l1.get(l1_index))?;
         let allocation = self.allocate(engine, 1).await?;
         let table = allocation.start()?;
-        // What is cached of that cluster is from an earlier life.
-        self.l2.forget(table, size);
         let filled = async {
             writing.allocator.overlap.check_data(table.get(), size)?;
             match old {
@@ -50,6 +48,8 @@ impl Qcow2 {
         }
         .await;
         keep_or_give_back(allocation, filled)?;
+        // What is cached of that cluster, or being read of it, is from an earlier life.
+        self.l2.forget(table, size);
         writing.allocator.overlap.add(table.get(), size, Metadata::L2);
         self.l1.set(l1_index, table.get() | COPIED);
         if let Some(old) = old {

@@ -36,13 +36,12 @@ const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 struct Budget(u64);
 
 impl Budget {
-    fn take(&mut self, bytes: u64, what: &str, storage: &Storage) -> Result<()> {
+    fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
             Error::new(
                 ErrorKind::Limit,
                 format!(
-                    "{}: {what} of {bytes} bytes is more than \"max-metadata-size\" leaves",
-                    storage.name()
+                    "{name}: {what} of {bytes} bytes is more than \"max-metadata-size\" leaves"
                 ),
             )
         })?;
@@ -91,8 +90,11 @@ impl Disk {
             writable: false,
         };
         let opened = async {
+            check_depth(0, options)?;
             let (source, format) = gate::resolve(options, &reference, directory)?;
-            Disk::open(engine, source, &below(options, format)).await
+            let below = below(options, format);
+            let storage = Storage::open(source, access(&below))?;
+            Disk::open_chain(engine, storage, &below, 1).await
         }
         .await;
         opened.map_err(|error| below_error(error, referrer, &String::from_utf8_lossy(name), 0))
@@ -104,10 +106,20 @@ impl Disk {
         storage: Storage,
         options: &OpenOptions,
     ) -> Result<Disk> {
+        Disk::open_chain(engine, storage, options, 0).await
+    }
+
+    /// `depth`: how many images there are above.
+    async fn open_chain<E: Engine>(
+        engine: &E,
+        storage: Storage,
+        options: &OpenOptions,
+        depth: u32,
+    ) -> Result<Disk> {
         let mut budget = Budget(options.max_metadata_size);
         let mut seen = Vec::from_iter(storage.identity());
         let mut layers = vec![open_layer(engine, storage, options, &mut budget).await?];
-        while let Some(reference) = next_reference(&layers, options)? {
+        while let Some(reference) = next_reference(&layers, options, depth)? {
             let depth = reference.depth;
             let name = String::from_utf8_lossy(&reference.name).into_owned();
             let referrer = reference.referrer.clone();
@@ -115,20 +127,16 @@ impl Disk {
                 let directory = layers.last().and_then(|layer| layer.storage().path()?.parent());
                 let (source, format) = gate::resolve(options, &reference, directory)?;
                 let below = below(options, format);
-                let storage = Storage::open(source, access(&below))?;
-                if let Some(identity) = storage.identity() {
-                    if seen.contains(&identity) {
-                        return Err(Error::new(
-                            ErrorKind::ChainDepth,
-                            format!("{} is below itself: the chain is a loop", storage.name()),
-                        ));
-                    }
-                    seen.push(identity);
-                }
+                let storage = open_once(source, access(&below), &seen)?;
+                seen.extend(storage.identity());
                 open_layer(engine, storage, &below, &mut budget).await
             }
             .await;
             layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
+        }
+        // The chain is there: nothing is refused any more.
+        if let Some(Layer::Qcow2(image)) = layers.first_mut() {
+            clear_unknown_autoclear(engine, image).await?;
         }
         Ok(Disk {
             layers,
@@ -139,12 +147,37 @@ impl Disk {
     }
 }
 
+/// Opens a storage that is not in the chain yet; `ChainDepth` if it is.
+fn open_once(source: Arc<Source>, access: Access, seen: &[(u64, u64)]) -> Result<Storage> {
+    let in_chain = |storage: &Storage| storage.identity().is_some_and(|it| seen.contains(&it));
+    let storage = match Storage::open(source.clone(), access) {
+        // Our own lock may be in the way: the topmost image is open for writing.
+        Err(error) if error.kind() == ErrorKind::Locked => {
+            let unlocked = Storage::open(source, Access { lock: false, ..access })?;
+            if !in_chain(&unlocked) {
+                return Err(error);
+            }
+            unlocked
+        }
+        opened => opened?,
+    };
+    if in_chain(&storage) {
+        return Err(Error::new(
+            ErrorKind::ChainDepth,
+            format!("{} is below itself: the chain is a loop", storage.name()),
+        ));
+    }
+    Ok(storage)
+}
+
 /// How an image below one that is opened with `options` is opened.
 fn below(options: &OpenOptions, format: Format) -> OpenOptions {
     OpenOptions {
         format,
         writable: false,
         direct: options.backing_direct.unwrap_or(options.direct),
+        // It was chosen for the topmost image's clusters; those below may be smaller.
+        l2_cache_entry_size: None,
         no_backing: false,
         check_only: false,
         ..options.clone()
@@ -168,25 +201,19 @@ fn below_error(error: Error, referrer: &str, name: &str, depth: u32) -> Error {
 }
 
 /// The reference of the lowest layer so far, if it has one that is to be followed.
-fn next_reference(layers: &[Layer], options: &OpenOptions) -> Result<Option<Reference>> {
+fn next_reference(
+    layers: &[Layer],
+    options: &OpenOptions,
+    above: u32,
+) -> Result<Option<Reference>> {
     let Some(Layer::Qcow2(image)) = layers.last() else { return Ok(None) };
     let Some(backing) = &image.header.backing else { return Ok(None) };
+    check_backing(&image.header, options, image.storage.name())?;
     if options.no_backing || options.check_only {
-        if options.writable && !options.check_only {
-            return Err(Error::invalid(format!(
-                "{} has a backing file: it cannot be written without it",
-                image.storage.name()
-            )));
-        }
         return Ok(None);
     }
-    let depth = layers.len() as u32 - 1;
-    if depth >= options.max_chain_depth {
-        return Err(Error::new(
-            ErrorKind::ChainDepth,
-            format!("more than {depth} images are chained (see \"max-chain-depth\")"),
-        ));
-    }
+    let depth = above + layers.len() as u32 - 1;
+    check_depth(depth, options)?;
     Ok(Some(Reference {
         kind: ReferenceKind::Backing,
         depth,
@@ -195,6 +222,16 @@ fn next_reference(layers: &[Layer], options: &OpenOptions) -> Result<Option<Refe
         referrer: image.storage.name().to_owned(),
         writable: false,
     }))
+}
+
+/// Whether there may be an image below the one at `depth`.
+fn check_depth(depth: u32, options: &OpenOptions) -> Result<()> {
+    if depth < options.max_chain_depth {
+        return Ok(());
+    }
+    let text =
+        format!("more than {depth} images are below the first one (see \"max-chain-depth\")");
+    Err(Error::new(ErrorKind::ChainDepth, text))
 }
 
 async fn open_layer<E: Engine>(
@@ -215,7 +252,7 @@ async fn open_layer<E: Engine>(
                     storage.name()
                 )));
             }
-            check_size(length, options, &storage)?;
+            check_size(length, options, storage.name())?;
             Ok(Layer::Raw(Box::new(Raw { storage, size: length, health: Health::default() })))
         }
         Format::Qcow2 => {
@@ -225,13 +262,13 @@ async fn open_layer<E: Engine>(
     }
 }
 
-fn check_size(size: u64, options: &OpenOptions, storage: &Storage) -> Result<()> {
+fn check_size(size: u64, options: &OpenOptions, name: &str) -> Result<()> {
     if size <= options.max_virtual_size {
         return Ok(());
     }
     Err(Error::new(
         ErrorKind::Limit,
-        format!("{}: a disk of {size} bytes exceeds \"max-virtual-size\"", storage.name()),
+        format!("{name}: a disk of {size} bytes exceeds \"max-virtual-size\""),
     ))
 }
 
@@ -254,23 +291,15 @@ async fn open_qcow2<E: Engine>(
         header.unsupported(options.writable).map_err(in_image)?;
     }
     let geometry = header.geometry;
-    let size = header.virtual_size();
-    check_size(size, options, &storage)?;
-    budget.take(header.extra_bytes(), "what is in the header", &storage)?;
-
-    // CHECK_ONLY tolerates any damage: nothing but the header is looked at.
-    let l1_entries = if options.check_only { 0 } else { header.l1_size as usize };
-    budget.take(l1_entries as u64 * 8, "the L1 table", &storage)?;
-    let table = read_table(engine, &storage, header.l1_offset, l1_entries).await?;
+    let l2 = reserve(&header, options, budget, storage.name())?;
+    let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
     let l1 = L1Table::new(table.into_iter());
-    let mapped = if options.check_only { 0 } else { size };
-    let l2 = l2_cache(geometry, mapped, options, budget, &storage)?;
 
     let mut image = Qcow2 {
         storage,
         format: L2Format { geometry, version: header.version },
+        size: header.virtual_size(),
         header,
-        size,
         l1,
         l2,
         writing: None,
@@ -279,9 +308,60 @@ async fn open_qcow2<E: Engine>(
     if options.writable && !options.check_only {
         let writing = open_for_writing(engine, &image, length, options, budget).await?;
         image.writing = Some(writing);
-        clear_unknown_autoclear(engine, &mut image).await?;
     }
     Ok(image)
+}
+
+/// Entries of the L1 table to read. CHECK_ONLY tolerates any damage: nothing but
+/// the header is looked at.
+fn l1_size(header: &Header, options: &OpenOptions) -> usize {
+    if options.check_only { 0 } else { header.l1_size as usize }
+}
+
+/// That the options allow for an image with this header, as yet to be written.
+pub fn check_new(header: &Header, options: &OpenOptions, name: &str) -> Result<()> {
+    options.validate()?;
+    check_backing(header, options, name)?;
+    reserve(header, options, &mut Budget(options.max_metadata_size), name).map(drop)
+}
+
+/// An image that has a backing file is written with it only.
+fn check_backing(header: &Header, options: &OpenOptions, name: &str) -> Result<()> {
+    let without = options.no_backing && options.writable && !options.check_only;
+    if without && header.backing.is_some() {
+        let text = format!("{name} has a backing file: it cannot be written without it");
+        return Err(Error::invalid(text));
+    }
+    Ok(())
+}
+
+/// Checks the options against what the header says, and takes the memory that is
+/// needed whatever the image holds. Returns the cache of L2 slices.
+fn reserve(
+    header: &Header,
+    options: &OpenOptions,
+    budget: &mut Budget,
+    name: &str,
+) -> Result<SliceCache> {
+    let size = header.virtual_size();
+    check_size(size, options, name)?;
+    budget.take(header.extra_bytes(), "what is in the header", name)?;
+    budget.take(l1_size(header, options) as u64 * 8, "the L1 table", name)?;
+    let mapped = if options.check_only { 0 } else { size };
+    let l2 = l2_cache(header.geometry, mapped, options, budget, name)?;
+    if options.writable && !options.check_only {
+        let bytes = reftable_bytes(header) + refcount_cache(options);
+        budget.take(bytes, "the refcount table and its cache", name)?;
+    }
+    Ok(l2)
+}
+
+fn reftable_bytes(header: &Header) -> u64 {
+    u64::from(header.reftable_clusters) * header.geometry.cluster_size()
+}
+
+fn refcount_cache(options: &OpenOptions) -> u64 {
+    options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES)
 }
 
 fn l2_cache(
@@ -289,7 +369,7 @@ fn l2_cache(
     size: u64,
     options: &OpenOptions,
     budget: &mut Budget,
-    storage: &Storage,
+    name: &str,
 ) -> Result<SliceCache> {
     let cluster = geometry.cluster_size();
     let slice = options.l2_cache_entry_size.unwrap_or(4096.min(cluster));
@@ -305,14 +385,12 @@ fn l2_cache(
     let covering = covering.next_multiple_of(cluster).max(2 * slice);
     let asked = match (options.l2_cache_size, options.cache_size) {
         (Some(bytes), _) => Some(bytes),
-        (None, Some(all)) => {
-            Some(all.saturating_sub(options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES)))
-        }
+        (None, Some(all)) => Some(all.saturating_sub(refcount_cache(options))),
         (None, None) => None,
     };
     // Long chains share what there is; an explicit size is taken at its word.
     let capacity = asked.unwrap_or(L2_CACHE_BYTES.min(budget.0 / 8)).min(covering).max(2 * slice);
-    budget.take(capacity, "a cache of L2 slices", storage)?;
+    budget.take(capacity, "a cache of L2 slices", name)?;
     Ok(SliceCache::new(slice as usize, capacity))
 }
 
@@ -326,16 +404,14 @@ async fn open_for_writing<E: Engine>(
     let Qcow2 { storage, header, .. } = image;
     let geometry = header.geometry;
     refuse_enabled_bitmaps(engine, storage, header, budget).await?;
-    let table_bytes = u64::from(header.reftable_clusters) * geometry.cluster_size();
-    let cache = options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES);
-    budget.take(table_bytes + cache, "the refcount table and its cache", storage)?;
     let offset = header.reftable_offset;
-    let entries = read_table(engine, storage, offset, table_bytes as usize / 8).await?;
+    let entries = read_table(engine, storage, offset, reftable_bytes(header) as usize / 8).await?;
     let table = Table { entries, offset };
     let overlap = Arc::new(index_metadata(engine, image, &table, budget).await?);
     let health = Arc::new(Health::default());
     let width = RefcountWidth::new(header.refcount_order)?;
-    let refcounts = Refcounts::new(geometry, width, table, cache, overlap.clone());
+    let refcounts =
+        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone());
     Ok(Writing {
         allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
         claims: Default::default(),
@@ -367,7 +443,7 @@ async fn index_metadata<E: Engine>(
         .filter(|offset| *offset != 0)
         .collect();
     let room = image.l1.len() + blocks.len();
-    budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage)?;
+    budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
     let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
     index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
     index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
@@ -408,7 +484,7 @@ async fn index_snapshots<E: Engine>(
         let bytes = u64::from(snapshot.l1_size) * 8;
         let clusters = header.geometry.clusters_for(bytes) + 1;
         let room = OverlapIndex::bytes_for(clusters);
-        budget.take(room, "the index of the snapshots' L1 tables", storage)?;
+        budget.take(room, "the index of the snapshots' L1 tables", storage.name())?;
         index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
         Ok(())
     });
@@ -429,7 +505,7 @@ async fn refuse_enabled_bitmaps<E: Engine>(
         return Err(Error::corrupt(text));
     }
     // It is there twice while it is read.
-    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage)?;
+    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage.name())?;
     let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
     let entries = parse_directory(&bytes.await?, bitmaps.count)
         .map_err(|error| error.context(storage.name().to_owned()))?;
@@ -448,11 +524,11 @@ async fn refuse_enabled_bitmaps<E: Engine>(
 }
 
 /// Autoclear bits say that something is still true that a writer who does not know
-/// them may break: they go before anything is written.
+/// them may break: on an image open for writing they go before all else is written.
 async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
     const AUTOCLEAR_AT: u64 = 88;
     let unknown = image.header.unknown_autoclear();
-    if unknown == 0 || image.format.version < 3 {
+    if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
         return Ok(());
     }
     image.header.autoclear &= !unknown;

@@ -432,7 +432,7 @@ impl Qcow2 {
                 let piece = [Piece::Block(block.slice(0, 8))];
                 let at = Header::INCOMPATIBLE_AT;
                 if self.storage.write(engine, &piece, at).await.is_ok() {
-                    let _ = self.storage.sync(engine).await;
+                    let _ = writing.allocator.barrier(engine, &self.storage).await;
                 }
             }
         }

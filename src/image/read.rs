@@ -143,10 +143,13 @@ impl Disk {
         image.storage.read(engine, Target::Block(input.clone()), data.offset).await?;
         let mut output = vec![0; size];
         compressed::inflate(&input.to_vec(), &mut output).map_err(|error| {
-            // Lost data, not wrong metadata: the rest of the image is as good as before.
             let name = image.storage.name();
-            let context = format!("{name}: compressed cluster at {:#x}", data.offset);
-            error.wrap_as(ErrorKind::Os(libc::EIO), context)
+            let end = match image.storage.length() {
+                Ok(length) if length < data.offset => ", past the end of the file",
+                _ => "",
+            };
+            let context = format!("{name}: compressed cluster at {:#x}{end}", data.offset);
+            error.wrap_as(ErrorKind::DataLost, context)
         })?;
         let bytes: Arc<[u8]> = output.into();
         *remembered() = Some(Inflated { layer, data, bytes: bytes.clone() });

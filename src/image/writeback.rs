@@ -16,43 +16,60 @@ use std::sync::atomic::Ordering::SeqCst;
 use super::disk::{Disk, Layer};
 use super::qcow2::{L1Table, Qcow2, Writing};
 use crate::alloc::allocator::Allocation;
-use crate::alloc::limbo::{Freed, Limbo};
+use crate::alloc::limbo::Freed;
 use crate::alloc::overlap::Metadata;
 use crate::error::Result;
 use crate::io::engine::{Engine, Piece};
 use crate::metadata::cache::WriteBack;
 use crate::sys::memory::Block;
 
-/// What one pass writes. Dropped before it is all written, everything is as
-/// dirty as before.
+/// With more than this waiting to be free, a flush comes before growth.
+const LIMBO_BYTES: u64 = 64 << 20;
+/// Ranges of clusters that wait to be free: more would be a matter of memory.
+const MOST_RANGES: usize = 64 << 10;
+
+/// What one pass writes. Dropped before it is through, everything is as dirty as
+/// before, and what it wrote waits for a sync.
 struct Pass<'a> {
-    limbo: &'a Limbo,
+    writing: &'a Writing,
     dropped: Vec<Freed>,
     slices: WriteBack<'a>,
     l1: &'a L1Table,
     entries: Vec<(usize, u64)>,
+    owes_sync: bool,
 }
 
 impl<'a> Pass<'a> {
     fn begin(image: &'a Qcow2, writing: &'a Writing) -> Pass<'a> {
         // In this order: what was freed is gone from the slices copied after it;
         // the tables that slices belong to are in the L1 entries copied last.
-        let limbo = &writing.allocator.limbo;
-        let dropped = limbo.take_announced();
+        let dropped = writing.allocator.limbo.take_announced();
         let slices = image.l2.take_dirty();
         let entries = image.l1.take_dirty();
-        Pass { limbo, dropped, slices, l1: &image.l1, entries }
+        let mut pass = Pass { writing, dropped, slices, l1: &image.l1, entries, owes_sync: false };
+        pass.owes_sync = pass.has_pointers();
+        pass
     }
 
     fn has_pointers(&self) -> bool {
         !self.slices.is_empty() || !self.entries.is_empty()
     }
+
+    /// All of it is durable: returns what it dropped.
+    fn complete(mut self) -> Vec<Freed> {
+        self.entries.clear();
+        self.owes_sync = false;
+        std::mem::take(&mut self.dropped)
+    }
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        self.limbo.put_back(std::mem::take(&mut self.dropped));
+        self.writing.allocator.limbo.put_back(std::mem::take(&mut self.dropped));
         self.l1.put_back(&self.entries);
+        if self.owes_sync {
+            self.writing.needs_sync.store(true, SeqCst);
+        }
     }
 }
 
@@ -91,24 +108,14 @@ impl Qcow2 {
         }
         let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
         let mut pass = Pass::begin(self, writing);
-        let unsynced = writing.needs_sync.swap(false, SeqCst);
-        let result = async {
-            if !pass.has_pointers() && !unsynced {
-                return Ok(());
-            }
+        pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
+        if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
             if pass.has_pointers() {
                 writing.allocator.barrier(engine, &self.storage).await?;
             }
-            Ok(())
         }
-        .await;
-        if result.is_err() {
-            writing.needs_sync.store(true, SeqCst);
-            return result;
-        }
-        pass.entries.clear();
-        let dropped = std::mem::take(&mut pass.dropped);
+        let dropped = pass.complete();
         writing.allocator.limbo.dropped(dropped, &writing.allocator.epochs);
         writing.allocator.release_ready(engine, &self.storage).await?;
         writing.flushes_done.store(number, SeqCst);
@@ -152,9 +159,7 @@ impl Qcow2 {
         writing.allocator.health.check()?;
         let mut pass = Pass::begin(self, writing);
         if pass.has_pointers() {
-            let written = self.write_pass(engine, writing, &mut pass).await;
-            writing.needs_sync.store(true, SeqCst);
-            written?;
+            self.write_pass(engine, writing, &mut pass).await?;
             pass.entries.clear();
         }
         Ok(())
@@ -167,8 +172,6 @@ impl Qcow2 {
         engine: &E,
         want: u64,
     ) -> Result<Allocation<'_>> {
-        /// With more than this waiting to be free, a flush comes before growth.
-        const LIMBO_BYTES: u64 = 64 << 20;
         let allocator = &self.writing()?.allocator;
         if allocator.limbo.clusters() > LIMBO_BYTES >> self.geometry().cluster_bits {
             self.flush(engine).await?;
@@ -177,9 +180,24 @@ impl Qcow2 {
             // By errno: callbacks report a full storage in their own kind.
             Err(error) if error.errno() == libc::ENOSPC && allocator.limbo.clusters() > 0 => {
                 self.flush(engine).await?;
+                // What was freed may still be read: wait for that rather than call
+                // a storage full that is not.
+                if allocator.limbo.clusters() > 0 {
+                    allocator.epochs.all_left().await;
+                    allocator.release_ready(engine, &self.storage).await?;
+                }
                 allocator.allocate(engine, &self.storage, want).await
             }
             other => other,
+        }
+    }
+
+    /// Flushes where so much waits in limbo that remembering it costs memory. Not
+    /// to be called with a claim.
+    pub(super) async fn bound_limbo<E: Engine>(&self, engine: &E) -> Result<()> {
+        match self.writing()?.allocator.limbo.ranges() {
+            ..=MOST_RANGES => Ok(()),
+            _ => self.flush(engine).await,
         }
     }
 
@@ -195,9 +213,11 @@ impl Qcow2 {
             allocator.refcounts.write_back(engine, &self.storage).await?;
             allocator.barrier(engine, &self.storage).await?;
         }
-        match needed {
-            Some(length) => allocator.shrink_file(engine, &self.storage, length).await,
-            None => Ok(()),
+        if let Some(length) = needed {
+            // Everything is durable; whether the file becomes shorter is a detail that
+            // not every storage can see to.
+            let _ = allocator.shrink_file(engine, &self.storage, length).await;
         }
+        Ok(())
     }
 }

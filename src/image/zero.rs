@@ -72,6 +72,7 @@ impl Disk {
         let size = geometry.cluster_size();
         let mut at = range.start;
         while at < range.end {
+            image.bound_limbo(engine).await?;
             let first = geometry.guest_cluster(GuestOffset(at));
             let start = geometry.guest_start(first).0;
             let whole = self.whole_clusters(image, first, range.end);

@@ -34,8 +34,8 @@ pub struct Storage {
     /// Bits of [`ZeroMode`]s found to be unsupported.
     unsupported: AtomicU8,
     ranges: RangeLock,
-    /// Goes over to the successor when the access is changed.
-    lock: Mutex<Option<Lock>>,
+    /// Shared with the successor while the access is changed.
+    lock: Arc<Mutex<Option<Lock>>>,
     name: String,
     source: Arc<Source>,
 }
@@ -108,7 +108,7 @@ impl Storage {
             counters: Arc::default(),
             unsupported: AtomicU8::new(0),
             ranges: RangeLock::default(),
-            lock: Mutex::new(lock),
+            lock: Arc::new(Mutex::new(lock)),
             name,
             source,
         })
@@ -122,12 +122,14 @@ impl Storage {
         Storage::open(self.source.clone(), access)
     }
 
-    /// Opens the same file with another access, taking over the lock of this
-    /// one without a gap, and its counters. This one is to be dropped
-    /// afterwards: it has no lock any more. On failure it is as it was. To go
-    /// back, change the access of the successor.
+    /// Opens the same file with another access, sharing the lock of this one,
+    /// and its counters. The lock is now enough for both, until one of the two
+    /// is chosen by its [`settle_lock`]; the other is to be dropped then. There
+    /// is no moment without a lock. On failure this one is as it was.
     ///
     /// Errors: as of `open`; `Os(ESTALE)` if the path names another file now.
+    ///
+    /// [`settle_lock`]: Storage::settle_lock
     pub fn change_access(&self, access: Access) -> Result<Storage> {
         let unlocked = Access { lock: false, ..access };
         let mut new = Storage::open(self.source.clone(), unlocked)?;
@@ -138,33 +140,33 @@ impl Storage {
                 let context = format!("{} names another file than before", self.name);
                 return Err(Error::os(libc::ESTALE, context));
             }
-            let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            let lock = match (held.take(), access.lock) {
-                (Some(mut lock), true) => {
-                    let converted = lock.convert(file.shared_fd().clone(), mode(access), &new.name);
-                    if let Err(error) = converted {
-                        *held = Some(lock);
-                        return Err(error);
-                    }
-                    Some(lock)
-                }
-                (None, true) => Some(acquire(file, &new.source, access, &new.name)?),
-                // A lock that is there is dropped: given up.
-                (_, false) => None,
-            };
-            new.lock = Mutex::new(lock);
+            new.lock = self.lock.clone();
+            let lock = self.access.lock || access.lock;
+            let writes = |access: Access| access.lock && access.writable;
+            let writable = writes(self.access) || writes(access);
+            new.hold(lock.then_some(Access { lock, writable, ..access }))?;
         }
         Ok(new)
     }
 
-    /// Takes the lock again that `change_access` took away, when its successor is
-    /// gone. Errors: as of `open`.
-    pub fn relock(&self) -> Result<()> {
-        if let (Backend::File(file), true) = (&self.backend, self.access.lock) {
-            let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            if held.is_none() {
-                *held = Some(acquire(file, &self.source, self.access, &self.name)?);
+    /// Makes the lock what this storage needs: of the two that share it after
+    /// `change_access`, this one stays. On failure the lock is as it was.
+    pub fn settle_lock(&self) -> Result<()> {
+        self.hold(Some(self.access).filter(|access| access.lock))
+    }
+
+    /// Takes, converts or gives up the lock, for an access.
+    fn hold(&self, access: Option<Access>) -> Result<()> {
+        let Backend::File(file) = &self.backend else { return Ok(()) };
+        let mut held = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *held, access) {
+            (Some(lock), Some(access)) => {
+                lock.convert(file.shared_fd().clone(), mode(access), &self.name)?;
             }
+            (None, Some(access)) => {
+                *held = Some(acquire(file, &self.source, access, &self.name)?);
+            }
+            (_, None) => *held = None,
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use support::dissect::{Dissected, field};
 use support::operations::{Backing, Case, Op};
 use support::refcounts::assert_exact;
 use support::{
-    Rng, Scratch, assert_content, assert_same, for_seeds, open, open_rw, qemu_create,
+    Rng, Scratch, assert_content, assert_same, for_seeds, open, open_rw, open_somehow, qemu_create,
     qemu_img_check, qemu_img_compare, qemu_io, qemu_ok, read, text,
 };
 
@@ -94,7 +94,7 @@ fn random_chain(scratch: &Scratch, rng: &mut Rng) -> (Vec<PathBuf>, Case, Vec<u8
 
 #[test]
 fn chains_of_all_kinds_read_and_write_as_in_qemu() {
-    for_seeds("chains", 25, |seed| {
+    for_seeds("chains", 15, |seed| {
         let scratch = Scratch::new();
         let mut rng = Rng::new(seed);
         let (files, case, mut content) = random_chain(&scratch, &mut rng);
@@ -102,7 +102,7 @@ fn chains_of_all_kinds_read_and_write_as_in_qemu() {
         let before: Vec<_> = lower.iter().map(|path| std::fs::read(path).unwrap()).collect();
         assert_content(&open(top), &content);
         assert_qemu_reads(top, &content);
-        let image = open_rw(top);
+        let image = open_somehow(top, &mut rng);
         assert_eq!(image.info().unwrap().chain_depth as usize, lower.len());
         for _ in 0..30 {
             let op = case.op(&mut rng, false);
@@ -197,12 +197,10 @@ fn a_chain_that_is_a_loop_is_refused() {
     create("hard", "harder");
     std::fs::hard_link(scratch.path("hard"), scratch.path("harder")).unwrap();
     for name in ["self", "a", "b", "other", "hard"] {
-        let error = refusal(&scratch.path(name), &paths());
-        assert_eq!(error.kind(), ErrorKind::ChainDepth, "{name}: {error}");
-        // A file that we write to cannot be read from below, already for its lock.
-        let error = refusal(&scratch.path(name), &paths().writable(true));
-        let kinds = [ErrorKind::ChainDepth, ErrorKind::Backing(libc::EAGAIN)];
-        assert!(kinds.contains(&error.kind()), "{name}: {error}");
+        for writable in [false, true] {
+            let error = refusal(&scratch.path(name), &paths().writable(writable));
+            assert_eq!(error.kind(), ErrorKind::ChainDepth, "{name}: {error}");
+        }
     }
 }
 

@@ -60,6 +60,7 @@ pub fn config(kind: Kind) -> Config {
         alignment: 1,
         cache: (2 * slice, slice),
         punch: true,
+        discard_keeps: false,
         faults: false,
         give_up: false,
     }

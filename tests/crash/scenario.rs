@@ -33,6 +33,8 @@ pub struct Config {
     pub cache: (u64, u64),
     /// Whether the storage can make holes.
     pub punch: bool,
+    /// Whether discards keep their host clusters.
+    pub discard_keeps: bool,
     /// Whether operations fail.
     pub faults: bool,
     /// Whether requests are given up half way.
@@ -112,6 +114,7 @@ pub async fn open(disk: &SimDisk, config: &Config) -> qcow2rs::Result<Disk> {
     options.l2_cache_size = Some(bytes);
     options.l2_cache_entry_size = Some(slice);
     options.refcount_cache_size = Some(bytes);
+    options.discard_no_unref = config.discard_keeps;
     let file = disk.file("image").expect("there is an image");
     Disk::open(&SimEngine, Source::sim(file), &options).await
 }

@@ -32,7 +32,7 @@ fn read(spoiled: &Dissected) -> Result<Vec<u8>, ErrorKind> {
 }
 
 /// What data that cannot be inflated is to its reader: lost, in a sound image.
-const LOST: ErrorKind = ErrorKind::Os(libc::EIO);
+const LOST: ErrorKind = ErrorKind::DataLost;
 
 /// Reading fails, and so does writing a part. Nothing else changes, but for the
 /// corrupt bit, where it is the entry that is wrong.

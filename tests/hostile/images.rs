@@ -106,12 +106,17 @@ pub fn base() -> Vec<u8> {
 /// Gives the same disk for every name, and remembers what it was asked.
 pub struct Broker {
     disk: MemoryDisk,
+    format: Format,
     pub asked: Mutex<Vec<Reference>>,
 }
 
 impl Broker {
     pub fn new() -> Arc<Broker> {
-        Arc::new(Broker { disk: MemoryDisk::new(&base()), asked: Mutex::default() })
+        Broker::giving(MemoryDisk::new(&base()), Format::Raw)
+    }
+
+    pub fn giving(disk: MemoryDisk, format: Format) -> Arc<Broker> {
+        Arc::new(Broker { disk, format, asked: Mutex::default() })
     }
 }
 
@@ -122,7 +127,7 @@ impl Resolver for Broker {
         _: Option<Format>,
     ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
         self.asked.lock().unwrap().push(reference.clone());
-        Ok((self.disk.source(), Some(Format::Raw)))
+        Ok((self.disk.source(), Some(self.format)))
     }
 }
 

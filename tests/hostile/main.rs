@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod below;
 mod compressed;
 mod headers;
 mod images;

@@ -1,8 +1,9 @@
-//! A disk in memory behind callbacks. It counts what is asked of it, may answer
-//! reads with other bytes than it has, and is never longer than it was told.
+//! A disk in memory behind callbacks. It counts what is asked of it, and a hook may
+//! hold requests up, make them fail, or change what they read.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use qcow2rs::Source;
 use qcow2rs::io::callbacks::{Abilities, Callbacks, UserIo, UserResult};
@@ -12,8 +13,20 @@ const ENOSPC: i32 = 28;
 /// Few tests need more, and a write behind it is a mistake.
 const MAX_LENGTH: usize = 64 << 20;
 
-/// Changes what a read of so many bytes at an offset returns.
-pub type Lie = Box<dyn Fn(&mut [u8], u64) + Send + Sync>;
+/// A request, as its hook sees it.
+pub enum Request<'a> {
+    /// What lies here is about to be read.
+    Reading(u64),
+    /// What is about to be returned, and from where.
+    Read(&'a mut [u8], u64),
+    /// What is about to be written, and where.
+    Write(&'a [u8], u64),
+    Flush,
+}
+
+/// Called for each request, on the thread that made it, with no lock held. An error
+/// is an errno value.
+pub type Hook = Box<dyn Fn(Request<'_>) -> UserResult<()> + Send + Sync>;
 
 /// The disk; clones are the same one.
 #[derive(Clone)]
@@ -21,7 +34,7 @@ pub struct MemoryDisk(Arc<Inner>);
 
 struct Inner {
     state: Mutex<State>,
-    lie: Option<Lie>,
+    hook: Option<Hook>,
     reads: AtomicU64,
     bytes_read: AtomicU64,
     writes: AtomicU64,
@@ -32,6 +45,8 @@ struct State {
     bytes: Vec<u8>,
     /// What it says of its length, which may be more than it stores.
     length: u64,
+    /// Whether its length can be set.
+    truncate: bool,
 }
 
 impl MemoryDisk {
@@ -39,22 +54,31 @@ impl MemoryDisk {
         MemoryDisk::build(bytes, None)
     }
 
-    /// A disk that does not return what was written to it.
-    pub fn lying(bytes: &[u8], lie: Lie) -> MemoryDisk {
-        MemoryDisk::build(bytes, Some(lie))
+    /// A disk with a hook.
+    pub fn with_hook(
+        bytes: &[u8],
+        hook: impl Fn(Request<'_>) -> UserResult<()> + Send + Sync + 'static,
+    ) -> MemoryDisk {
+        MemoryDisk::build(bytes, Some(Box::new(hook)))
     }
 
-    fn build(bytes: &[u8], lie: Option<Lie>) -> MemoryDisk {
+    fn build(bytes: &[u8], hook: Option<Hook>) -> MemoryDisk {
         let mut room = Vec::with_capacity(MAX_LENGTH.max(bytes.len()));
         room.extend_from_slice(bytes);
-        let state = Mutex::new(State { bytes: room, length: bytes.len() as u64 });
+        let state = Mutex::new(State { bytes: room, length: bytes.len() as u64, truncate: true });
         let (reads, bytes_read, writes) = Default::default();
-        MemoryDisk(Arc::new(Inner { state, lie, reads, bytes_read, writes }))
+        MemoryDisk(Arc::new(Inner { state, hook, reads, bytes_read, writes }))
     }
 
     /// Makes it look longer: the rest reads as zero.
     pub fn with_length(self, length: u64) -> MemoryDisk {
         self.state().length = length;
+        self
+    }
+
+    /// Makes it one that only writes change the length of.
+    pub fn without_truncate(self) -> MemoryDisk {
+        self.state().truncate = false;
         self
     }
 
@@ -86,26 +110,30 @@ impl MemoryDisk {
 
 impl UserIo for MemoryDisk {
     fn abilities(&self) -> Abilities {
-        Abilities { write: true, truncate: true, discard: false, write_zeroes: true }
+        let truncate = self.state().truncate;
+        Abilities { write: true, truncate, discard: false, write_zeroes: true }
     }
 
     fn read(&self, to: GuestMut<'_>, offset: u64) -> UserResult<()> {
         self.0.reads.fetch_add(1, Relaxed);
         self.0.bytes_read.fetch_add(to.len() as u64, Relaxed);
+        if let Some(hook) = &self.0.hook {
+            hook(Request::Reading(offset))?;
+        }
         let state = self.state();
         to.fill_zero();
-        let start = offset.min(state.bytes.len() as u64) as usize;
-        let end = offset.saturating_add(to.len() as u64).min(state.bytes.len() as u64) as usize;
-        match &self.0.lie {
-            None => to.copy_from(0, &state.bytes[start..end]),
-            Some(lie) => {
-                let mut answer = vec![0; to.len()];
-                answer[..end - start].copy_from_slice(&state.bytes[start..end]);
-                drop(state);
-                lie(&mut answer, offset);
-                to.copy_from(0, &answer);
-            }
-        }
+        let there = state.bytes.len() as u64;
+        let start = offset.min(there) as usize;
+        let end = offset.saturating_add(to.len() as u64).min(there) as usize;
+        let Some(hook) = &self.0.hook else {
+            to.copy_from(0, &state.bytes[start..end]);
+            return Ok(());
+        };
+        let mut answer = vec![0; to.len()];
+        answer[..end - start].copy_from_slice(&state.bytes[start..end]);
+        drop(state);
+        hook(Request::Read(&mut answer, offset))?;
+        to.copy_from(0, &answer);
         Ok(())
     }
 
@@ -113,6 +141,11 @@ impl UserIo for MemoryDisk {
         self.0.writes.fetch_add(1, Relaxed);
         let end = offset.checked_add(from.len() as u64).filter(|end| *end <= MAX_LENGTH as u64);
         let (start, end) = (offset as usize, end.ok_or(ENOSPC)? as usize);
+        if let Some(hook) = &self.0.hook {
+            let mut data = vec![0; from.len()];
+            from.copy_to(0, &mut data);
+            hook(Request::Write(&data, offset))?;
+        }
         let mut state = self.state();
         let length = state.bytes.len().max(end);
         state.bytes.resize(length, 0);
@@ -126,7 +159,7 @@ impl UserIo for MemoryDisk {
     }
 
     fn flush(&self) -> UserResult<()> {
-        Ok(())
+        self.0.hook.as_ref().map_or(Ok(()), |hook| hook(Request::Flush))
     }
 
     fn truncate(&self, length: u64) -> UserResult<()> {
@@ -149,5 +182,66 @@ impl UserIo for MemoryDisk {
         let end = offset.saturating_add(length).min(there);
         state.bytes[offset.min(there) as usize..end as usize].fill(0);
         Ok(())
+    }
+}
+
+/// Where a hook holds one request up, until the test says so: those that come while
+/// it is held pass. What never comes, or never goes on, ends the test after a while.
+#[derive(Clone)]
+pub struct Gate(Arc<(Mutex<Held>, Condvar)>);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Held {
+    Open,
+    /// For the next request.
+    Closed,
+    One,
+}
+
+impl Gate {
+    /// An open gate.
+    pub fn new() -> Gate {
+        Gate(Arc::new((Mutex::new(Held::Open), Condvar::new())))
+    }
+
+    fn set(&self, state: Held) {
+        *self.0.0.lock().unwrap() = state;
+        self.0.1.notify_all();
+    }
+
+    fn wait_while(&self, state: Held) {
+        let patience = Duration::from_secs(60);
+        let held = self.0.0.lock().unwrap();
+        let (_held, waited) =
+            self.0.1.wait_timeout_while(held, patience, |now| *now == state).unwrap();
+        assert!(!waited.timed_out(), "still {state:?}");
+    }
+
+    /// Holds up the next request.
+    pub fn close(&self) {
+        self.set(Held::Closed);
+    }
+
+    /// Lets the request go on.
+    pub fn open(&self) {
+        self.set(Held::Open);
+    }
+
+    /// Waits until a request is held up.
+    pub fn wait_for_one(&self) {
+        self.wait_while(Held::Closed);
+    }
+
+    /// For the hook: waits here if the gate is closed.
+    pub fn pass(&self) {
+        {
+            let mut held = self.0.0.lock().unwrap();
+            if *held != Held::Closed {
+                return;
+            }
+            *held = Held::One;
+        }
+        self.0.1.notify_all();
+        self.wait_while(Held::One);
     }
 }

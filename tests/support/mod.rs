@@ -153,6 +153,20 @@ pub fn open_rw(image: &Path) -> Image {
     Image::open(Source::path(image), &options).unwrap()
 }
 
+/// As `open_rw`, half of the time with caches of two slices each: everything is
+/// evicted all the time.
+pub fn open_somehow(image: &Path, rng: &mut Rng) -> Image {
+    let mut options = OpenOptions::new().policy(Policy::Paths).writable(true);
+    options.no_flush = true;
+    if rng.below(2) == 0 {
+        for name in ["l2-cache-size", "refcount-cache-size"] {
+            options.set(name, "1k").unwrap();
+        }
+        options.set("l2-cache-entry-size", "512").unwrap();
+    }
+    Image::open(Source::path(image), &options).unwrap()
+}
+
 /// The bytes of a range of the disk.
 pub fn read(image: &Image, offset: u64, len: u64) -> Vec<u8> {
     let mut buf = vec![0xee; len as usize];

@@ -115,6 +115,7 @@ impl Case {
 /// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
+    Read { at: u64, len: u64 },
     Write { at: u64, len: u64, byte: u8 },
     Zero { at: u64, len: u64, unmap: bool },
     Discard { at: u64, len: u64 },
@@ -125,6 +126,7 @@ impl Op {
     /// As a command of `qemu-io`.
     pub fn qemu_io(&self) -> String {
         match *self {
+            Op::Read { at, len } => format!("read {at} {len}"),
             Op::Write { at, len, byte } => format!("write -P {byte} {at} {len}"),
             Op::Zero { at, len, unmap: true } => format!("write -z -u {at} {len}"),
             Op::Zero { at, len, unmap: false } => format!("write -z {at} {len}"),
@@ -135,7 +137,13 @@ impl Op {
 
     /// Through the library.
     pub fn apply(&self, image: &Image) {
-        let done = match *self {
+        self.try_apply(image).unwrap_or_else(|error| panic!("{self:?}: {error}"));
+    }
+
+    /// As `apply`, where it may fail.
+    pub fn try_apply(&self, image: &Image) -> qcow2rs::Result<()> {
+        match *self {
+            Op::Read { at, len } => image.read_at(&mut vec![0; len as usize], at),
             Op::Write { at, len, byte } => {
                 image.write_at(&vec![byte; len as usize], at, WriteFlags::default())
             }
@@ -144,8 +152,7 @@ impl Op {
             }
             Op::Discard { at, len } => image.discard(at, len),
             Op::Flush => image.flush(),
-        };
-        done.unwrap_or_else(|error| panic!("{self:?}: {error}"));
+        }
     }
 
     /// On a byte array. Discards count where they cover clusters, as in QEMU.
@@ -167,7 +174,7 @@ impl Op {
                     bytes[start as usize..end as usize].fill(0);
                 }
             }
-            Op::Flush => {}
+            Op::Read { .. } | Op::Flush => {}
         }
     }
 

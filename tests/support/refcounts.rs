@@ -46,8 +46,8 @@ fn walk(image: &Dissected, l1: (u64, u64), references: &mut References) {
     }
 }
 
-/// What is wrong with an image's refcounts and COPIED flags; empty if nothing is.
-pub fn faults(image: &Dissected) -> Vec<String> {
+/// By host cluster: what the refcount blocks say, and what the tables refer to.
+fn counts_and_references(image: &Dissected) -> (BTreeMap<u64, u64>, BTreeMap<u64, u64>) {
     let size = image.cluster_size();
     let mut references = References { cluster_bits: image.cluster_bits(), ..Default::default() };
     references.add(0, size);
@@ -66,7 +66,6 @@ pub fn faults(image: &Dissected) -> Vec<String> {
         references.add(*block, size);
     }
 
-    let mut faults = Vec::new();
     let per_block = image.per_block();
     let mut counts = BTreeMap::new();
     for (index, block) in table.iter().enumerate().filter(|(_, block)| **block != 0) {
@@ -77,13 +76,29 @@ pub fn faults(image: &Dissected) -> Vec<String> {
             }
         }
     }
+    (counts, references.counts)
+}
+
+/// Clusters that something leads to more often than they are counted: the next who
+/// needs a cluster may take them. Leaks, the contrary, do no harm.
+pub fn counted_too_low(image: &Dissected) -> Vec<u64> {
+    let (counts, references) = counts_and_references(image);
+    let low = |(cluster, found): &(&u64, &u64)| counts.get(*cluster).unwrap_or(&0) < *found;
+    references.iter().filter(low).map(|(cluster, _)| *cluster).collect()
+}
+
+/// What is wrong with an image's refcounts and COPIED flags; empty if nothing is.
+pub fn faults(image: &Dissected) -> Vec<String> {
+    let size = image.cluster_size();
+    let (counts, references) = counts_and_references(image);
+    let mut faults = Vec::new();
     for (cluster, count) in &counts {
-        let found = references.counts.get(cluster).copied().unwrap_or(0);
+        let found = references.get(cluster).copied().unwrap_or(0);
         if found != *count {
             faults.push(format!("cluster {cluster}: refcount {count}, {found} references"));
         }
     }
-    for (cluster, found) in &references.counts {
+    for (cluster, found) in &references {
         if !counts.contains_key(cluster) {
             faults.push(format!("cluster {cluster}: refcount 0, {found} references"));
         }

@@ -129,27 +129,64 @@ fn access_changes_without_a_gap() {
         let reader = Storage::open(source, READ).unwrap();
         read(&reader, 0, 10);
         assert_eq!(reader.reopen(WRITE).unwrap_err().kind(), ErrorKind::Locked);
-        let writer = reader.change_access(WRITE).unwrap();
+        let writer = changed(&reader, WRITE);
         assert_eq!(subject.leaves_room_for(), None);
         drop(reader);
         assert_eq!(subject.leaves_room_for(), None);
         assert_eq!(writer.counters().read_bytes, 10);
         write(&writer, 0, b"new");
-        let again = writer.change_access(WRITE).unwrap();
+        let again = changed(&writer, WRITE);
         drop(writer);
         assert_eq!(subject.leaves_room_for(), None);
-        let reader = again.change_access(READ).unwrap();
+        let reader = changed(&again, READ);
         drop(again);
         assert_eq!(subject.leaves_room_for(), Some(Mode::Read));
         assert_eq!(read(&reader, 0, 3), b"new");
         // Without lock, and back.
-        let unlocked = reader.change_access(PLAIN).unwrap();
+        let unlocked = changed(&reader, PLAIN);
         assert_eq!(subject.leaves_room_for(), Some(Mode::Write));
-        let locked = unlocked.change_access(WRITE).unwrap();
+        let locked = changed(&unlocked, WRITE);
         drop((reader, unlocked));
         assert_eq!(subject.leaves_room_for(), None);
         drop(locked);
         assert_eq!(subject.leaves_room_for(), Some(Mode::Write));
+    }
+}
+
+/// The successor, chosen.
+fn changed(storage: &Storage, access: Access) -> Storage {
+    let new = storage.change_access(access).unwrap();
+    new.settle_lock().unwrap();
+    new
+}
+
+#[test]
+fn a_successor_that_is_given_up_leaves_the_lock() {
+    const NOTHING: Access = Access { lock: false, ..READ };
+    let subject = Subject::new();
+    let file = subject.file();
+    let sources = [Source::path(&subject.path), Source::fd(file.as_fd()).unwrap()];
+    let cases = [(READ, Some(Mode::Read)), (WRITE, None), (NOTHING, Some(Mode::Write))];
+    for source in sources {
+        for (before, room) in cases {
+            for (after, room_after) in cases {
+                let storage = Storage::open(source.clone(), before).unwrap();
+                // While it is not decided, the lock is enough for both.
+                let least = [room, room_after].into_iter().min_by_key(|room| match room {
+                    None => 0,
+                    Some(Mode::Read) => 1,
+                    Some(Mode::Write) => 2,
+                });
+                let successor = storage.change_access(after).unwrap();
+                assert_eq!(subject.leaves_room_for(), least.unwrap(), "{before:?} {after:?}");
+                drop(successor);
+                assert_eq!(subject.leaves_room_for(), least.unwrap(), "{before:?} {after:?}");
+                storage.settle_lock().unwrap();
+                assert_eq!(subject.leaves_room_for(), room, "{before:?} {after:?}");
+                drop(storage);
+                assert_eq!(subject.leaves_room_for(), Some(Mode::Write));
+            }
+        }
     }
 }
 
@@ -188,7 +225,7 @@ fn what_lingers_does_not_hinder_an_upgrade() {
     let gone = by_fd(&first, READ).unwrap();
     let stays = by_fd(&second, READ).unwrap();
     drop(gone);
-    let writer = stays.change_access(WRITE).unwrap();
+    let writer = changed(&stays, WRITE);
     drop(stays);
     assert_eq!(subject.leaves_room_for(), None);
     drop(writer);

@@ -5,6 +5,7 @@ use qcow2rs::io::sim::{Fault, OpKind, Pattern, Task};
 use qcow2rs::{ErrorKind, Result};
 
 use super::super::builder::Kind;
+use super::super::layout::Header;
 use super::super::random::config;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
@@ -109,18 +110,22 @@ fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
 #[test]
 fn refcount_blocks_and_larger_tables_are_complete_before_they_are_named() {
     play(|seed| {
-        for crowded in [false, true] {
+        // New blocks, one after the other; a new table, at once.
+        for (crowded, clusters, every) in [(false, 200, 16), (true, 40, 2)] {
             let config = config(Kind { crowded, ..tiny().kind });
             let scene = Scene::new(&config, seed, |_| Before::Nothing);
+            let table = Header::read(&*scene.file()).unwrap().reftable.offset;
             scene.run_crashing(
-                24,
+                every,
                 vec![Task::new("guest", async {
-                    scene.write_clusters(0..64).await.unwrap();
+                    scene.write_clusters(0..clusters / 2).await.unwrap();
                     scene.flush().await.unwrap();
-                    scene.write_clusters(64..200).await.unwrap();
+                    scene.write_clusters(clusters / 2..clusters).await.unwrap();
                     scene.flush().await.unwrap();
                 })],
             );
+            let now = Header::read(&*scene.file()).unwrap().reftable.offset;
+            assert_eq!(now != table, crowded, "a table that grows moves");
             scene.read_all();
             scene.crash(1);
             scene.close();
@@ -199,6 +204,35 @@ fn after_a_failed_sync_nothing_is_taken_for_durable() {
         });
         scene.read_all();
         scene.crash(4);
+    });
+}
+
+#[test]
+fn nothing_is_named_on_the_word_of_a_sync_that_comes_after_a_failed_one() {
+    play(|seed| {
+        for crowded in [false, true] {
+            let config = config(Kind { crowded, ..tiny().kind });
+            let scene = Scene::new(&config, seed, |_| Before::Nothing);
+            // A refcount block, or a whole table, is written and waits for its sync;
+            // a flush has one that fails: the system forgets both.
+            let hold = scene.hold(OpKind::Sync);
+            scene.run(vec![
+                Task::new("writer", async {
+                    let _ = scene.write_clusters(0..64).await;
+                }),
+                Task::new("flusher", async {
+                    assert!(hold.caught().await);
+                    hold.close();
+                    let pattern = Pattern::any().file("image").kind(OpKind::Sync);
+                    scene.disk.inject(Fault { pattern, errno: libc::EIO, forever: false });
+                    let _ = scene.flush().await;
+                    hold.release();
+                }),
+            ]);
+            for _ in 0..20 {
+                scene.crash_quick();
+            }
+        }
     });
 }
 

@@ -6,8 +6,11 @@
 
 mod scene;
 
+mod cancel;
 mod durability;
+mod exhaustion;
 mod races;
+mod zeroes;
 
 use super::builder::Kind;
 use super::random::{SMALL, config};
@@ -16,7 +19,7 @@ use super::support::for_seeds;
 
 /// Plays a schedule with several seeds.
 fn play(test: impl Fn(u64)) {
-    for_seeds("crash", 20, test);
+    for_seeds("crash", 10, test);
 }
 
 /// Clusters of one sector, few refcounts in a block: the allocator's current run
