@@ -65,6 +65,8 @@ pub enum ErrorKind {
     Shutdown,
     /// Another call is in progress on the same object.
     Busy,
+    /// The caller's progress function said to stop.
+    Cancelled,
     /// The call would wait for work that only its own thread can carry on.
     Deadlock,
     /// The request is valid but cannot be served.
@@ -117,6 +119,7 @@ impl ErrorKind {
             NoSpace => libc::ENOSPC,
             Shutdown => libc::ESHUTDOWN,
             Busy => libc::EBUSY,
+            Cancelled => libc::ECANCELED,
             Deadlock => libc::EDEADLK,
             OutOfMemory => libc::ENOMEM,
             Backing(errno) | DataFile(errno) | Callback(errno) | Os(errno) => errno,
@@ -145,7 +148,7 @@ impl ErrorKind {
             FlushFailed => code::FLUSH_FAILED,
             Dirty => code::DIRTY,
             Os(_) | InvalidArgument | NotFound | Exists | ReadOnly | NoSpace | Shutdown | Busy
-            | Deadlock | NotSupported | OutOfMemory => code::NONE,
+            | Cancelled | Deadlock | NotSupported | OutOfMemory => code::NONE,
         }
     }
 

@@ -30,7 +30,7 @@
 //! | `metadata` | the cache of table slices |
 //! | `alloc` | host clusters: who uses them, when they may be reused |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
-//! | `admin` | create, measure, probe |
+//! | `admin` | create, measure, probe, check |
 //! | `capi` | the C API |
 #![deny(unsafe_code)]
 
@@ -57,6 +57,7 @@ pub mod admin;
 #[doc(hidden)]
 pub mod capi;
 
+pub use admin::check::{CheckResult, Finding, Observer, Severity};
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };

@@ -1,5 +1,6 @@
-//! What is done to images as wholes: create, measure, probe.
+//! What is done to images as wholes: create, measure, probe, check.
 
+pub mod check;
 pub mod create;
 mod layout;
 mod option_names;

@@ -39,17 +39,22 @@ fn offset_bits(geometry: Geometry) -> u32 {
 /// Errors: `Corrupt` if the data would lie in the header's cluster or pass
 /// [`MAX_HOST_OFFSET`].
 pub fn decode(entry: u64, geometry: Geometry) -> Result<Compressed> {
-    let bits = offset_bits(geometry);
-    let offset = entry & ((1 << bits) - 1);
-    let further = (entry >> bits) & ((1 << (geometry.cluster_bits - 8)) - 1);
-    // The offset has at most 61 bits, the length at most 22.
-    let length = (further + 1) * SECTOR - offset % SECTOR;
+    let Compressed { offset, length } = place(entry, geometry);
     if offset < geometry.cluster_size() || offset + length > MAX_HOST_OFFSET + 1 {
         return Err(Error::corrupt(format!(
             "compressed cluster at {offset:#x} with {length} bytes lies outside the image"
         )));
     }
     Ok(Compressed { offset, length })
+}
+
+/// What an entry says, possible or not.
+pub fn place(entry: u64, geometry: Geometry) -> Compressed {
+    let bits = offset_bits(geometry);
+    let offset = entry & ((1 << bits) - 1);
+    let further = (entry >> bits) & ((1 << (geometry.cluster_bits - 8)) - 1);
+    // The offset has at most 61 bits, the length at most 22.
+    Compressed { offset, length: (further + 1) * SECTOR - offset % SECTOR }
 }
 
 /// The L2 entry, with the compressed bit, for `length` bytes of data at a byte

@@ -12,8 +12,10 @@ use crate::geometry::{Geometry, HostOffset};
 
 /// Refcount is exactly one: the cluster may be written in place. In L1, too.
 pub const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// Compressed data.
+pub const COMPRESSED: u64 = 1 << 62;
+/// Reads as zero; means nothing in extended entries.
+pub const ZERO: u64 = 1;
 
 /// An entry as it is stored; `bitmap` is 0 where entries are not extended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -65,6 +65,9 @@ pub fn parse_table(bytes: &[u8], count: u32) -> Result<(Vec<Snapshot>, usize)> {
                 bytes.len()
             )));
         };
+        snapshot
+            .check_l1_limits()
+            .map_err(|error| error.context(format!("entry {index} of the snapshot table")))?;
         snapshots.push(snapshot);
         used = end;
     }
@@ -119,7 +122,6 @@ impl Snapshot {
                 lengths.extra
             )));
         }
-        snapshot.check_l1_limits()?;
         let Some(snapshot) = snapshot.varying_part(&mut fields, lengths) else {
             return Ok(None);
         };
@@ -159,8 +161,9 @@ impl Snapshot {
         Some(self)
     }
 
-    /// The limits of an L1 table that need no geometry.
-    fn check_l1_limits(&self) -> Result<()> {
+    /// Checks the limits of the L1 table that need no geometry. `Corrupt` if it
+    /// is outside them.
+    pub fn check_l1_limits(&self) -> Result<()> {
         let bytes = u64::from(self.l1_size) * 8;
         let end = self.l1_offset.checked_add(bytes);
         if bytes > MAX_L1_BYTES || end.is_none_or(|end| end > MAX_HOST_OFFSET + 1) {

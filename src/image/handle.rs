@@ -138,6 +138,12 @@ impl Image {
         Ok(())
     }
 
+    /// Calls `work` with the disk while nobody else is inside; `Busy` as for close.
+    pub(crate) fn alone<R>(&self, work: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+        let _all = self.exclusive()?;
+        work(&*self.disk()?)
+    }
+
     /// Drops all caches and reads the chain's metadata again. `InvalidArgument`
     /// on an image open for writing; `Busy`. On failure the old state stands.
     pub fn invalidate(&self) -> Result<()> {

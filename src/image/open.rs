@@ -11,6 +11,7 @@ use super::disk::{Disk, Layer, Raw};
 use super::gate;
 use super::options::{Format, OpenOptions, Reference, ReferenceKind};
 use super::qcow2::{L1Table, Qcow2, Writing, words_of};
+use super::snapshot_table::read_snapshots;
 use crate::alloc::allocator::Allocator;
 use crate::alloc::health::Health;
 use crate::alloc::overlap::{Metadata, OverlapIndex};
@@ -19,9 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, MAGIC};
 use crate::format::l2::L2Format;
-use crate::format::limits::{MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES, OFFSET_MASK};
+use crate::format::limits::OFFSET_MASK;
 use crate::format::refcount::RefcountWidth;
-use crate::format::snapshot::Snapshot;
 use crate::geometry::Geometry;
 use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::{Access, Source, Storage};
@@ -471,43 +471,24 @@ async fn index_metadata<E: Engine>(
     Ok(index)
 }
 
-/// The snapshot table, read piece by piece, and the L1 tables that it names.
+/// The snapshot table, and the L1 tables that it names.
 async fn index_snapshots<E: Engine>(
     engine: &E,
     image: &Qcow2,
     index: &OverlapIndex,
     budget: &mut Budget,
 ) -> Result<()> {
-    /// With the padding before it and all that may vary.
-    const LONGEST_ENTRY: usize = 8 + 40 + MAX_SNAPSHOT_EXTRA as usize + 2 * 65535;
-    const PIECE: u64 = 256 << 10;
     let Qcow2 { storage, header, .. } = image;
-    let length = storage.length()?.saturating_sub(header.snapshots_offset);
-    // A piece, where it begins in the table, and how far it is used.
-    let (mut piece, mut start, mut used) = (Vec::new(), 0, 0);
-    for number in 0..header.snapshot_count {
-        let at = (start + used as u64).next_multiple_of(8);
-        let unread = length.saturating_sub(start + piece.len() as u64);
-        if unread > 0 && piece.len() - used < LONGEST_ENTRY {
-            let bytes = PIECE.min(length.saturating_sub(at)) as usize;
-            piece = read(engine, storage, header.snapshots_offset + at, bytes).await?;
-            (start, used) = (at, 0);
-        }
-        let found = Snapshot::parse_next(&piece, used)
-            .map_err(|error| error.context(format!("entry {number} of the snapshot table")))?;
-        let end = found.as_ref().map_or(0, |(_, end)| start + *end as u64);
-        let (Some((snapshot, next)), ..=MAX_SNAPSHOT_TABLE_BYTES) = (found, end) else {
-            let text = format!("the snapshot table ends, or is too large, at entry {number}");
-            return Err(Error::corrupt(text));
-        };
-        used = next;
+    let bytes = read_snapshots(engine, storage, header, |snapshot| {
+        snapshot.check_l1_limits()?;
         let bytes = u64::from(snapshot.l1_size) * 8;
         let clusters = header.geometry.clusters_for(bytes) + 1;
         let room = OverlapIndex::bytes_for(clusters);
         budget.take(room, "the index of the snapshots' L1 tables", storage.name())?;
         index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
-    }
-    index.add(header.snapshots_offset, start + used as u64, Metadata::SnapshotTable);
+        Ok(())
+    });
+    index.add(header.snapshots_offset, bytes.await?, Metadata::SnapshotTable);
     Ok(())
 }
 

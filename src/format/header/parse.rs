@@ -169,6 +169,13 @@ impl Header {
         Header::parse_as(bytes, true)
     }
 
+    /// What [`Header::parse_for_check`] has let pass of the snapshot table.
+    ///
+    /// Errors: `BadHeader`.
+    pub fn check_snapshot_table(&self) -> Result<()> {
+        check_snapshot_table(self.geometry, self.snapshots_offset, self.snapshot_count)
+    }
+
     fn parse_as(bytes: &[u8], check: bool) -> Result<Header> {
         let (version, cluster_bits) = version_and_cluster_bits(bytes)?;
         let cluster_size = 1usize << cluster_bits;
@@ -293,16 +300,7 @@ fn check_tables(raw: &Raw, geometry: Geometry, check: bool) -> Result<()> {
         MAX_REFTABLE_BYTES,
     )?;
     if !check {
-        // The bytes of the fixed part of each entry; the rest is seen later.
-        const ENTRY: u64 = 40;
-        check_table(
-            "snapshot table",
-            geometry,
-            raw.snapshots_offset,
-            raw.snapshot_count.into(),
-            ENTRY,
-            ENTRY * u64::from(MAX_SNAPSHOTS),
-        )?;
+        check_snapshot_table(geometry, raw.snapshots_offset, raw.snapshot_count)?;
     }
     check_table("L1 table", geometry, raw.l1_offset, raw.l1_size.into(), 8, MAX_L1_BYTES)?;
     let needed = raw.size.div_ceil(geometry.l2_coverage());
@@ -313,6 +311,13 @@ fn check_tables(raw: &Raw, geometry: Geometry, check: bool) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+fn check_snapshot_table(geometry: Geometry, offset: u64, count: u32) -> Result<()> {
+    // The bytes of the fixed part of each entry; the rest is seen later.
+    const ENTRY: u64 = 40;
+    let most = ENTRY * u64::from(MAX_SNAPSHOTS);
+    check_table("snapshot table", geometry, offset, count.into(), ENTRY, most)
 }
 
 /// The backing file's name, `None` if there is none.
