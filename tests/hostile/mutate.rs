@@ -141,7 +141,13 @@ fn use_it(image: &Image, rng: &mut Rng) {
             Err(ErrorKind::Shutdown) => assert!(corrupt, "nothing was wrong before"),
             Err(ErrorKind::ReadOnly) => assert!(!writable),
             Err(ErrorKind::InvalidArgument) => assert!(at + len > image.size()),
-            Ok(()) | Err(ErrorKind::NoSpace | ErrorKind::Callback(_) | ErrorKind::Os(_)) => {}
+            Ok(())
+            | Err(
+                ErrorKind::DataLost
+                | ErrorKind::NoSpace
+                | ErrorKind::Callback(_)
+                | ErrorKind::Os(_),
+            ) => {}
             Err(other) => panic!("{other:?}"),
         }
     }

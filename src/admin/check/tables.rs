@@ -218,10 +218,9 @@ impl<E: Engine> Check<'_, E> {
             }
         }
         for (table, uses) in &uses.tables {
-            if uses.active > 0 && *table != 0 {
-                if self.is_counted_once(table >> bits, blocks).await?.is_some() {
-                    self.copied_flags_of(*table, uses.active, blocks).await?;
-                }
+            let named = uses.active > 0 && *table != 0;
+            if named && self.is_counted_once(table >> bits, blocks).await?.is_some() {
+                self.copied_flags_of(*table, uses.active, blocks).await?;
             }
             self.step()?;
         }
