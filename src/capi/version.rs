@@ -26,8 +26,8 @@ pub extern "C" fn qcow2rs_version_string() -> *const c_char {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_has_feature(name: *const c_char) -> c_int {
     entry!(|call| {
-        let present = match call.text(name, "name") {
-            Ok("zlib" | "direct-io" | "ofd-locks") => 1,
+        let present = match call.text(name, "name")? {
+            "zlib" | "direct-io" | "ofd-locks" => 1,
             _ => 0,
         };
         Ok(present)
