@@ -1,7 +1,7 @@
 //! What is on the medium, and in which order it gets there: a crash after every
 //! few steps of what would go wrong if one sync were missing.
 
-use qcow2rs::io::sim::{Fault, OpKind, Pattern, Task};
+use qcow2rs::io::sim::{Fault, OpKind, Pattern, Stage, Task};
 use qcow2rs::{ErrorKind, Result};
 
 use super::super::builder::Kind;
@@ -104,6 +104,30 @@ fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
             scene.crash(2);
             scene.close();
         }
+    });
+}
+
+#[test]
+fn a_larger_refcount_table_is_durable_before_the_header_names_it() {
+    play(|seed| {
+        let config = config(Kind { crowded: true, ..tiny().kind });
+        let scene = Scene::new(&config, seed, |_| Before::Nothing);
+        // The switch is visible, and may be durable or not.
+        let header = Pattern::any().file("image").kind(OpKind::Write).touching(0..512);
+        let hold = scene.disk.hold(header, Stage::Complete);
+        scene.run(vec![
+            Task::new("guest", async {
+                scene.write_clusters(0..40).await.unwrap();
+            }),
+            Task::new("power", async {
+                assert!(hold.caught().await);
+                (0..16).for_each(|_| scene.crash_quick());
+                hold.release();
+            }),
+        ]);
+        scene.read_all();
+        scene.crash(2);
+        scene.close();
     });
 }
 
