@@ -201,7 +201,8 @@ struct qcow2rs_io_ops {
     /* Sets the length; bytes that are new must read as zero, those that were
      * once cut off, too. */
     int (*truncate)(void *opaque, uint64_t length);
-    /* A hint: the range is of no use any more. */
+    /* A hint: the range is of no use any more.  Not called by this version:
+     * it asks for zeroes that may be unmapped instead (see write_zeroes). */
     int (*discard)(void *opaque, uint64_t offset, uint64_t length);
     /* flags: QCOW2RS_ZERO_*, QCOW2RS_IO_FUA. */
     int (*write_zeroes)(void *opaque, uint64_t offset, uint64_t length,

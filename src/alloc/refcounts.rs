@@ -218,17 +218,19 @@ impl Refcounts {
         self.overlap.check_free(first..first + count)?;
         let lowered = self
             .update(engine, storage, place.key, |slice| {
+                // All of them or none: what fails is tried again as a whole.
+                let counted =
+                    |slice: &SliceMut<'_>, n| self.get_in(place.index + n, |i| slice.get(i));
+                if let Some(n) = (0..count).find(|n| counted(slice, *n) == 0) {
+                    return Err(first + n);
+                }
                 let mut lowered = Lowered { count, freed: 0, lowest: None };
                 for n in 0..count {
-                    let index = place.index + n;
-                    match self.get_in(index, |i| slice.get(i)) {
-                        0 => return Err(first + n),
-                        1 => {
-                            lowered.freed += 1;
-                            lowered.lowest = lowered.lowest.or(Some(first + n));
-                            self.set_in(slice, index, 0);
-                        }
-                        more => self.set_in(slice, index, more - 1),
+                    let left = counted(slice, n) - 1;
+                    self.set_in(slice, place.index + n, left);
+                    if left == 0 {
+                        lowered.freed += 1;
+                        lowered.lowest = lowered.lowest.or(Some(first + n));
                     }
                 }
                 Ok(lowered)

@@ -51,7 +51,8 @@ pub struct qcow2rs_io_ops {
     /// Sets the length; bytes that are new must read as zero, those that were
     /// once cut off, too.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
-    /// A hint: the range is of no use any more.
+    /// A hint: the range is of no use any more.  Not called by this version:
+    /// it asks for zeroes that may be unmapped instead (see write_zeroes).
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, length: u64) -> c_int>,
     /// flags: QCOW2RS_ZERO_*, QCOW2RS_IO_FUA.

@@ -53,9 +53,9 @@ impl Blocks {
     }
 
     /// The refcount at a place in the block that was read last.
-    fn count(&self, place: u64) -> u64 {
-        let (_, bytes) = self.last.as_ref().map_or((0, [].as_slice()), |(at, b)| (*at, b));
-        self.width.get_in(bytes, place).unwrap_or(0)
+    fn count(&self, place: u64) -> Option<u64> {
+        let (_, bytes) = self.last.as_ref()?;
+        self.width.get_in(bytes, place)
     }
 }
 
@@ -98,7 +98,8 @@ impl<E: Engine> Check<'_, E> {
             match self.load_block(index, blocks).await {
                 Block::At(_) => {
                     for cluster in first..end {
-                        self.compare_one(cluster, blocks.count(cluster - first), &mut highest);
+                        let count = blocks.count(cluster - first).unwrap_or(0);
+                        self.compare_one(cluster, count, &mut highest);
                     }
                 }
                 Block::Unreadable => {
@@ -182,7 +183,7 @@ impl<E: Engine> Check<'_, E> {
             }
         }
         Ok(match self.load_block(index, blocks).await {
-            Block::At(_) => Some(blocks.count(cluster % blocks.per_block) == 1),
+            Block::At(_) => Some(blocks.count(cluster % blocks.per_block) == Some(1)),
             Block::None => Some(false),
             Block::Unreadable => None,
         })

@@ -4,7 +4,7 @@
 //! Findings and their numbers are those of `qemu-img check`, also where an image is
 //! so broken that other numbers would do as well. Unlike there, a table that is
 //! referred to often (by snapshots, or by somebody who wants to keep us busy) is
-//! read once, and memory is bounded by the image's "max-metadata-size".
+//! not read for each of them, and memory is bounded by the image's "max-metadata-size".
 //!
 //! This file knows the order of the check and what is counted besides clusters of
 //! data; `tables` knows L1 and L2 tables, `counts` compares with the refcounts.
@@ -12,6 +12,8 @@
 mod counts;
 mod references;
 mod tables;
+
+use std::collections::BTreeMap;
 
 use self::counts::Blocks;
 use self::references::References;
@@ -176,7 +178,7 @@ impl<'a, E: Engine> Check<'a, E> {
         let (snapshots, table_bytes) = self.snapshots().await?;
         let mut uses = L2Uses::default();
         self.refer("the header", 0, self.geometry.cluster_size(), 1)?;
-        self.active_l1(&mut uses).await?;
+        self.l1_table(self.header.l1_offset, self.header.l1_size, 1, true, &mut uses).await?;
         self.snapshot_l1s(&snapshots, &mut uses).await?;
         self.refer("the snapshot table", self.header.snapshots_offset, table_bytes, 1)?;
         let reftable = u64::from(self.header.reftable_clusters) * self.geometry.cluster_size();
@@ -318,7 +320,7 @@ impl<'a, E: Engine> Check<'a, E> {
             let text = "an image with an external data file has snapshots".to_owned();
             self.corrupt(self.header.snapshots_offset, text, 1);
         }
-        let mut tables = std::collections::BTreeMap::new();
+        let mut tables = BTreeMap::new();
         for snapshot in snapshots {
             let name = String::from_utf8_lossy(&snapshot.name);
             let bytes = u64::from(snapshot.l1_size) * 8;
@@ -336,10 +338,6 @@ impl<'a, E: Engine> Check<'a, E> {
             self.l1_table(offset, entries, times, false, uses).await?;
         }
         Ok(())
-    }
-
-    async fn active_l1(&mut self, uses: &mut L2Uses) -> Result<()> {
-        self.l1_table(self.header.l1_offset, self.header.l1_size, 1, true, uses).await
     }
 
     /// The directory of persistent bitmaps, their tables, their bits.

@@ -1,5 +1,5 @@
 //! Walking L1 and L2 tables: what they refer to, and whether their entries make
-//! sense. Each table is read once, however often it is named.
+//! sense. How often a table is named does not matter for how often it is read.
 
 use std::collections::BTreeMap;
 
