@@ -88,12 +88,17 @@ impl Geometry {
 
     /// Bytes of an L2 entry.
     pub fn l2_entry_size(self) -> u64 {
-        if self.extended_l2 { 16 } else { 8 }
+        1 << self.l2_entry_bits()
+    }
+
+    /// log2 of that.
+    pub fn l2_entry_bits(self) -> u32 {
+        if self.extended_l2 { 4 } else { 3 }
     }
 
     /// log2 of the number of entries of an L2 table, which fills one cluster.
     pub fn l2_bits(self) -> u32 {
-        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
+        self.cluster_bits - self.l2_entry_bits()
     }
 
     /// Bytes of the virtual disk that one L2 table maps.

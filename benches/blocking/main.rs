@@ -11,6 +11,7 @@ mod row;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use counting::Counting;
@@ -116,9 +117,10 @@ fn targets() -> Vec<Target> {
     let row = READ_BY_TWO;
     let ours_by_two = |who| who == Contender::Ours(2);
     let raw_by_two = |who| who == Contender::Raw(2);
-    let by_two = |of, to, least| Target { row, of, to, least, enough: None };
-    targets.push(by_two(ours_by_two, is_ours, Some(1.8)));
-    targets.push(by_two(raw_by_two, is_raw, None));
+    let by_two = |of, to, least, enough| Target { row, of, to, least, enough };
+    targets.push(by_two(ours_by_two, is_ours, Some(1.8), Some((raw_by_two, 0.9))));
+    targets.push(by_two(raw_by_two, is_raw, None, None));
+    targets.push(by_two(ours_by_two, raw_by_two, None, None));
     targets
 }
 
@@ -225,11 +227,16 @@ fn files(directory: &Path) -> Files {
     files
 }
 
-/// Brings the full files into the page cache, from where other rows' files may have
-/// driven them.
+/// Brings the full files into the page cache, all in the same way: how the kernel
+/// cuts a file's pages depends on who brought them, and shows.
 fn warm(files: &Files) {
     for path in [&files.full, &files.raw] {
         let mut file = File::open(path).expect("opens");
+        file.sync_all().expect("syncs");
+        // SAFETY: an open descriptor; the rest are numbers.
+        let dropped =
+            unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        assert_eq!(dropped, 0, "drops the cached pages of {}", path.display());
         std::io::copy(&mut file, &mut std::io::sink()).expect("reads");
     }
 }

@@ -50,7 +50,7 @@ impl Epochs {
     /// Enters.
     #[inline]
     pub fn enter(&self) -> Inside<'_> {
-        let counters = self.inside.at(shard::index());
+        let counters = self.inside.at(shard::here());
         loop {
             let epoch = self.current.load(SeqCst);
             let counter = &counters[(epoch & 1) as usize];

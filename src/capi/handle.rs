@@ -78,7 +78,7 @@ pub struct Handle<V> {
 /// The use of an object by a call. A panic meanwhile poisons the object.
 pub struct Held<'c, T: Object> {
     handle: &'c Handle<T::Value>,
-    shard: usize,
+    users: &'c AtomicUsize,
     panicking: bool,
 }
 
@@ -94,7 +94,7 @@ impl<T: Object> Drop for Held<'_, T> {
         if !self.panicking && std::thread::panicking() {
             self.handle.poisoned.store(true, Ordering::Release);
         }
-        self.handle.users.at(self.shard).fetch_sub(1, Ordering::Release);
+        self.users.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -178,11 +178,11 @@ impl Call {
     /// A live object, to use in this call.
     pub fn held<T: Object>(&self, object: *const T) -> Result<Held<'_, T>> {
         let handle = self.live(object)?;
-        let shard = shard::index();
         // The count first, then the look at `leaving`; `take` does the reverse.
         // One of the two sees the other.
-        handle.users.at(shard).fetch_add(1, Ordering::SeqCst);
-        let held = Held { handle, shard, panicking: std::thread::panicking() };
+        let users = handle.users.at(shard::here());
+        users.fetch_add(1, Ordering::SeqCst);
+        let held = Held { handle, users, panicking: std::thread::panicking() };
         if handle.leaving.load(Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Busy, format!("{} is being released", T::NAME)));
         }

@@ -3,7 +3,6 @@
 //! Requests are checked here once; then they descend the chain in a loop, so a
 //! long chain costs no stack. The chain itself is put together by `open`.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::options::OpenOptions;
@@ -15,7 +14,7 @@ use crate::format::subcluster::Subcluster;
 use crate::geometry::{GuestOffset, HostOffset};
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
-use crate::shard::Sharded;
+use crate::shard::{self, Count, Sharded};
 
 /// An open image and its chain.
 pub struct Disk {
@@ -24,7 +23,7 @@ pub struct Disk {
     /// As opened.
     pub options: OpenOptions,
     /// Requests so far.
-    pub requests: Sharded<RequestCounters>,
+    pub requests: Requests,
     /// The compressed cluster that was read last: small reads come in rows.
     pub inflated: Mutex<Option<Inflated>>,
 }
@@ -39,29 +38,42 @@ pub struct Inflated {
     pub bytes: Arc<[u8]>,
 }
 
-/// Requests of one group of threads.
+/// Requests so far.
+#[derive(Default)]
+pub struct Requests(Sharded<RequestCounters>);
+
+/// Requests of one thread.
 #[derive(Default)]
 #[allow(missing_docs)]
 pub struct RequestCounters {
-    pub reads: AtomicU64,
-    pub read_bytes: AtomicU64,
-    pub writes: AtomicU64,
-    pub write_bytes: AtomicU64,
+    pub reads: Count,
+    pub read_bytes: Count,
+    pub writes: Count,
+    pub write_bytes: Count,
 }
 
-impl RequestCounters {
+impl Requests {
     /// Counts a read.
     #[inline]
     pub fn read(&self, bytes: u64) {
-        self.reads.fetch_add(1, Ordering::Relaxed);
-        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let here = shard::here();
+        let counters = self.0.at(here);
+        counters.reads.add(here, 1);
+        counters.read_bytes.add(here, bytes);
     }
 
     /// Counts a write.
     #[inline]
     pub fn write(&self, bytes: u64) {
-        self.writes.fetch_add(1, Ordering::Relaxed);
-        self.write_bytes.fetch_add(bytes, Ordering::Relaxed);
+        let here = shard::here();
+        let counters = self.0.at(here);
+        counters.writes.add(here, 1);
+        counters.write_bytes.add(here, bytes);
+    }
+
+    /// The counters of all threads.
+    pub fn iter(&self) -> impl Iterator<Item = &RequestCounters> {
+        self.0.iter()
     }
 }
 

@@ -158,10 +158,10 @@ impl Disk {
     pub fn stats(&self) -> Stats {
         let mut stats = Stats::default();
         for counters in self.requests.iter() {
-            stats.guest_reads += counters.reads.load(Relaxed);
-            stats.guest_read_bytes += counters.read_bytes.load(Relaxed);
-            stats.guest_writes += counters.writes.load(Relaxed);
-            stats.guest_write_bytes += counters.write_bytes.load(Relaxed);
+            stats.guest_reads += counters.reads.get();
+            stats.guest_read_bytes += counters.read_bytes.get();
+            stats.guest_writes += counters.writes.get();
+            stats.guest_write_bytes += counters.write_bytes.get();
         }
         let Some(top) = self.layers.first() else { return stats };
         let storage = top.storage().counters();

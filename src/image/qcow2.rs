@@ -189,12 +189,27 @@ impl Qcow2 {
         let bytes = self.geometry().l2_index(cluster) * self.geometry().l2_entry_size();
         let slice = self.l2.slice_bytes() as u64;
         let key = table.checked_add(bytes & !(slice - 1)).unwrap_or(table);
-        (key, ((bytes & (slice - 1)) / self.geometry().l2_entry_size()) as usize)
+        (key, ((bytes & (slice - 1)) >> self.geometry().l2_entry_bits()) as usize)
     }
 
     /// Entries of a slice.
     pub fn entries_per_slice(&self) -> usize {
         self.l2.slice_bytes() / self.geometry().l2_entry_size() as usize
+    }
+
+    /// The common case of `lookup`: all `len` bytes (at least 1) lie in one host
+    /// cluster. `None`: anything else, or not known without I/O.
+    #[inline]
+    pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<HostOffset> {
+        let geometry = self.geometry();
+        let cluster = geometry.guest_cluster(offset);
+        let table = HostOffset::new(self.l1.get(geometry.l1_index(cluster)) & OFFSET_MASK)?;
+        let from = geometry.in_cluster(offset.0);
+        if geometry.in_cluster(table.get()) != 0 || len > geometry.cluster_size() - from {
+            return None;
+        }
+        let (key, index) = self.slice_of(table, cluster);
+        self.l2.read(key, |words| self.format.stored(self.entry_at(words, index), from, len))?
     }
 
     /// What is stored at `offset`, up to `max` bytes (at least 1), without I/O.

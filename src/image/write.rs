@@ -97,7 +97,7 @@ impl Disk {
         fua: bool,
     ) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
-        self.requests.local().write(data.len() as u64);
+        self.requests.write(data.len() as u64);
         let written = match self.layers.first() {
             Some(Layer::Raw(raw)) => raw.write(engine, data, offset).await,
             _ => self.write_qcow2(engine, data, offset).await,

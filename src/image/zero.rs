@@ -41,7 +41,7 @@ impl Disk {
         flags: ZeroFlags,
     ) -> Result<()> {
         self.check_range(offset, length)?;
-        self.requests.local().write(length);
+        self.requests.write(length);
         let range = offset..offset + length;
         let done = match self.layers.first() {
             Some(Layer::Raw(raw)) => raw.write_zeroes(engine, range, flags).await,

@@ -1,9 +1,7 @@
 //! What a storage was asked to do, counted without threads getting in each
 //! other's way.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-use crate::shard::Sharded;
+use crate::shard::{self, Count, Sharded};
 
 /// Operations and bytes that reached a storage, those that alignment costs
 /// included.
@@ -23,11 +21,11 @@ pub struct CounterTotals {
 
 #[derive(Default, Debug)]
 struct Shard {
-    reads: AtomicU64,
-    read_bytes: AtomicU64,
-    writes: AtomicU64,
-    write_bytes: AtomicU64,
-    syncs: AtomicU64,
+    reads: Count,
+    read_bytes: Count,
+    writes: Count,
+    write_bytes: Count,
+    syncs: Count,
 }
 
 #[derive(Default, Debug)]
@@ -36,30 +34,33 @@ pub(super) struct Counters(Sharded<Shard>);
 impl Counters {
     #[inline]
     pub(super) fn read(&self, bytes: usize) {
-        let shard = self.0.local();
-        shard.reads.fetch_add(1, Relaxed);
-        shard.read_bytes.fetch_add(bytes as u64, Relaxed);
+        let here = shard::here();
+        let shard = self.0.at(here);
+        shard.reads.add(here, 1);
+        shard.read_bytes.add(here, bytes as u64);
     }
 
     #[inline]
     pub(super) fn write(&self, bytes: usize) {
-        let shard = self.0.local();
-        shard.writes.fetch_add(1, Relaxed);
-        shard.write_bytes.fetch_add(bytes as u64, Relaxed);
+        let here = shard::here();
+        let shard = self.0.at(here);
+        shard.writes.add(here, 1);
+        shard.write_bytes.add(here, bytes as u64);
     }
 
     pub(super) fn sync(&self) {
-        self.0.local().syncs.fetch_add(1, Relaxed);
+        let here = shard::here();
+        self.0.at(here).syncs.add(here, 1);
     }
 
     pub(super) fn totals(&self) -> CounterTotals {
         let mut totals = CounterTotals::default();
         for shard in self.0.iter() {
-            totals.reads += shard.reads.load(Relaxed);
-            totals.read_bytes += shard.read_bytes.load(Relaxed);
-            totals.writes += shard.writes.load(Relaxed);
-            totals.write_bytes += shard.write_bytes.load(Relaxed);
-            totals.syncs += shard.syncs.load(Relaxed);
+            totals.reads += shard.reads.get();
+            totals.read_bytes += shard.read_bytes.get();
+            totals.writes += shard.writes.get();
+            totals.write_bytes += shard.write_bytes.get();
+            totals.syncs += shard.syncs.get();
         }
         totals
     }

@@ -20,7 +20,7 @@ const MAX_WAYS: usize = 8;
 
 /// The cache. All methods may be called from any thread.
 pub struct SliceCache {
-    slice_bytes: usize,
+    slice_bits: u32,
     ways: usize,
     set_bits: u32,
     slots: Box<[Slot]>,
@@ -161,7 +161,7 @@ impl SliceCache {
         let sets = 1usize << set_bits;
         let ways = slots / sets;
         SliceCache {
-            slice_bytes,
+            slice_bits: slice_bytes.ilog2(),
             ways,
             set_bits,
             slots: (0..sets * ways)
@@ -186,7 +186,7 @@ impl SliceCache {
 
     /// Bytes of a slice.
     pub fn slice_bytes(&self) -> usize {
-        self.slice_bytes
+        1 << self.slice_bits
     }
 
     /// Slices given up to make room, so far.
@@ -200,8 +200,9 @@ impl SliceCache {
             + (self.slots.len() * size_of::<Slot>() + self.sets.len() * size_of::<Set>()) as u64
     }
 
+    #[inline]
     fn set_of(&self, key: HostOffset) -> usize {
-        let number = key.get() / self.slice_bytes as u64;
+        let number = key.get() >> self.slice_bits;
         // Fibonacci hashing spreads both neighbours and equal strides evenly.
         (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & ((1 << self.set_bits) - 1)
     }
@@ -304,8 +305,8 @@ impl SliceCache {
         };
         let slot = &self.slots[set_index * self.ways + way];
         let words = slot.words.get_or_init(|| {
-            self.bytes.fetch_add(self.slice_bytes as u64, Ordering::Relaxed);
-            (0..self.slice_bytes / 8).map(|_| AtomicU64::new(0)).collect()
+            self.bytes.fetch_add(self.slice_bytes() as u64, Ordering::Relaxed);
+            (0..self.slice_bytes() / 8).map(|_| AtomicU64::new(0)).collect()
         });
         let _changing = Changing::begin(&slot.sequence);
         if slot.key.swap(key.get(), Ordering::Relaxed) != 0 {
@@ -356,7 +357,7 @@ impl SliceCache {
             };
             state.dirty = false;
             state.writing = true;
-            let mut bytes = Vec::with_capacity(self.slice_bytes);
+            let mut bytes = Vec::with_capacity(self.slice_bytes());
             for word in words {
                 bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
             }
@@ -392,7 +393,7 @@ impl SliceCache {
     /// else will be put there by other means than this cache.
     pub fn forget(&self, start: HostOffset, bytes: u64) {
         let end = start.get().saturating_add(bytes);
-        for offset in (start.get()..end).step_by(self.slice_bytes) {
+        for offset in (start.get()..end).step_by(self.slice_bytes()) {
             let Some(key) = HostOffset::new(offset) else { continue };
             let set_index = self.set_of(key);
             let mut set = self.lock(set_index);
