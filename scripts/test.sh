@@ -55,6 +55,11 @@ no_op_build() {
     [[ $said == *'no work to do.'* ]]
 }
 
+check_format() {
+    cargo fmt --all --check
+    (cd tests/interleavings && cargo fmt --check)
+}
+
 # A program of somebody else's, with nothing but pkg-config.
 use_installed() {
     local prefix=$scratch/prefix flags
@@ -92,10 +97,11 @@ use_as_subproject() { # shared|static
 }
 
 step 'setup' scripts/setup.sh
-step 'format' cargo fmt --all --check
+step 'format' check_format
 step 'lints' cargo clippy --workspace --all-targets --all-features -- -D warnings
 step 'documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --all-features
 step 'Rust tests' cargo test --workspace --all-features
+step 'interleavings' scripts/interleavings.sh
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs

@@ -23,7 +23,8 @@
 //!
 //! | module | subject |
 //! |---|---|
-//! | `error`, `geometry`, `log`, `shard` | errors; address types; log messages; counters by thread |
+//! | `error`, `geometry`, `log` | errors; address types; log messages |
+//! | `sync`, `owner`, `here`, `shard` | atomics and threads; what is kept thread by thread |
 //! | `format` | bytes to types and back, pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
@@ -36,8 +37,11 @@
 
 pub mod error;
 pub mod geometry;
+mod here;
 mod log;
+mod owner;
 mod shard;
+mod sync;
 
 pub mod format;
 

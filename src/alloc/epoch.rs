@@ -5,10 +5,11 @@
 //! entered by then has left. Entering and leaving touch only the calling
 //! thread's counters.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-
+use crate::here::here;
 use crate::io::wait::WaitList;
-use crate::shard::{self, Sharded};
+use crate::shard::Sharded;
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst, fence};
+use crate::sync::in_this_order;
 
 /// The epochs of an image.
 #[derive(Default)]
@@ -31,6 +32,7 @@ pub struct Inside<'a> {
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         self.counter.fetch_sub(1, SeqCst);
+        in_this_order();
         if self.epochs.waiting.load(SeqCst) != 0 {
             self.epochs.left.wake_all();
         }
@@ -50,11 +52,12 @@ impl Epochs {
     /// Enters.
     #[inline]
     pub fn enter(&self) -> Inside<'_> {
-        let counters = self.inside.at(shard::here());
+        let counters = self.inside.at(here());
         loop {
             let epoch = self.current.load(SeqCst);
             let counter = &counters[(epoch & 1) as usize];
             counter.fetch_add(1, SeqCst);
+            in_this_order();
             if self.current.load(SeqCst) == epoch {
                 return Inside { epochs: self, counter };
             }
@@ -63,8 +66,10 @@ impl Epochs {
         }
     }
 
-    /// The current epoch: the stamp for what is freed now.
+    /// The current epoch: the stamp for what has been freed.
     pub fn now(&self) -> u64 {
+        // Whoever enters when the epoch has moved on sees that it is not mapped.
+        fence(SeqCst);
         self.current.load(SeqCst)
     }
 
@@ -78,6 +83,7 @@ impl Epochs {
     pub async fn all_left(&self) {
         let stamp = self.now();
         self.waiting.fetch_add(1, SeqCst);
+        in_this_order();
         let _waiting = Waiting(self);
         let passed = || {
             self.advance();
@@ -90,6 +96,7 @@ impl Epochs {
     /// has been stamped so far.
     pub fn advance(&self) {
         for _ in 0..2 {
+            in_this_order();
             let epoch = self.current.load(SeqCst);
             let previous = ((epoch + 1) & 1) as usize;
             if self.inside.iter().any(|counters| counters[previous].load(SeqCst) != 0) {

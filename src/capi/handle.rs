@@ -9,11 +9,11 @@
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::entry::Call;
+use super::users::{Occupied, User, Users};
 use crate::error::{Error, ErrorKind, Result};
-use crate::shard::{self, Sharded};
 
 /// A type that C knows as an opaque struct: `struct name(Handle<Value>)`.
 /// Implemented by `object!` only.
@@ -68,17 +68,14 @@ const fn hash(name: &str) -> u64 {
 pub struct Handle<V> {
     label: AtomicU64,
     poisoned: AtomicBool,
-    /// Set while the object is being taken away.
-    leaving: AtomicBool,
-    /// Calls inside.
-    users: Sharded<AtomicUsize>,
+    users: Users,
     value: V,
 }
 
 /// The use of an object by a call. A panic meanwhile poisons the object.
 pub struct Held<'c, T: Object> {
     handle: &'c Handle<T::Value>,
-    users: &'c AtomicUsize,
+    _user: User<'c>,
     panicking: bool,
 }
 
@@ -94,7 +91,6 @@ impl<T: Object> Drop for Held<'_, T> {
         if !self.panicking && std::thread::panicking() {
             self.handle.poisoned.store(true, Ordering::Release);
         }
-        self.users.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -107,8 +103,7 @@ impl<T: Object> Out<'_, T> {
         let object = T::new(Handle {
             label: AtomicU64::new(T::LABEL),
             poisoned: AtomicBool::new(false),
-            leaving: AtomicBool::new(false),
-            users: Sharded::default(),
+            users: Users::default(),
             value,
         });
         // SAFETY: `Call::out` has written to it before.
@@ -161,7 +156,7 @@ impl<T: Object> Drop for Leaving<'_, T> {
         if std::thread::panicking() {
             self.forget();
         } else {
-            self.handle.leaving.store(false, Ordering::SeqCst);
+            self.handle.users.reopen();
         }
     }
 }
@@ -178,14 +173,8 @@ impl Call {
     /// A live object, to use in this call.
     pub fn held<T: Object>(&self, object: *const T) -> Result<Held<'_, T>> {
         let handle = self.live(object)?;
-        // The count first, then the look at `leaving`; `take` does the reverse.
-        // One of the two sees the other.
-        let users = handle.users.at(shard::here());
-        users.fetch_add(1, Ordering::SeqCst);
-        let held = Held { handle, users, panicking: std::thread::panicking() };
-        if handle.leaving.load(Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Busy, format!("{} is being released", T::NAME)));
-        }
+        let _user = handle.users.enter().ok_or_else(|| busy::<T>(Occupied::Leaving))?;
+        let held = Held { handle, _user, panicking: std::thread::panicking() };
         if handle.poisoned.load(Ordering::Acquire) {
             return Err(poisoned::<T>());
         }
@@ -224,14 +213,8 @@ impl Call {
             return Ok(None);
         }
         let handle = self.live(object)?;
-        if handle.leaving.swap(true, Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Busy, format!("{} is being released", T::NAME)));
-        }
-        let leaving = Leaving { from, object, handle };
-        if handle.users.iter().any(|users| users.load(Ordering::SeqCst) != 0) {
-            return Err(Error::new(ErrorKind::Busy, format!("{} is in use", T::NAME)));
-        }
-        Ok(Some(leaving))
+        handle.users.close().map_err(busy::<T>)?;
+        Ok(Some(Leaving { from, object, handle }))
     }
 
     /// Takes the object from the caller, whose pointer becomes NULL; `None` if
@@ -260,6 +243,15 @@ impl Call {
         }
         Ok(handle)
     }
+}
+
+#[cold]
+fn busy<T: Object>(occupied: Occupied) -> Error {
+    let why = match occupied {
+        Occupied::Leaving => "is being released",
+        Occupied::InUse => "is in use",
+    };
+    Error::new(ErrorKind::Busy, format!("{} {why}", T::NAME))
 }
 
 #[cold]

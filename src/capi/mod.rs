@@ -24,6 +24,7 @@ pub use libc::iovec;
 pub(crate) mod entry;
 #[macro_use]
 pub(crate) mod handle;
+pub(crate) mod users;
 
 mod version;
 pub use version::*;

@@ -12,9 +12,10 @@ use crate::error::{Error, Result};
 use crate::format::compressed::Compressed;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::{GuestOffset, HostOffset};
+use crate::here::here;
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
-use crate::shard::{self, Count, Sharded};
+use crate::shard::{Count, Sharded};
 
 /// An open image and its chain.
 pub struct Disk {
@@ -56,7 +57,7 @@ impl Requests {
     /// Counts a read.
     #[inline]
     pub fn read(&self, bytes: u64) {
-        let here = shard::here();
+        let here = here();
         let counters = self.0.at(here);
         counters.reads.add(here, 1);
         counters.read_bytes.add(here, bytes);
@@ -65,7 +66,7 @@ impl Requests {
     /// Counts a write.
     #[inline]
     pub fn write(&self, bytes: u64) {
-        let here = shard::here();
+        let here = here();
         let counters = self.0.at(here);
         counters.writes.add(here, 1);
         counters.write_bytes.add(here, bytes);

@@ -10,11 +10,12 @@ use super::options::{OpenOptions, ReferenceKind};
 pub use super::status::Extent;
 pub use super::zero::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
+use crate::here::here;
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::{Source, Storage};
 use crate::io::wait::block_on;
-use crate::shard::{self, Sharded};
+use crate::shard::Sharded;
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// An open image. All methods may be called from any thread at any time, unless
@@ -92,7 +93,7 @@ impl Image {
     /// Calls `call` with the disk, through this thread's door.
     #[inline]
     fn enter<R>(&self, call: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
-        let door = self.doors.at(shard::here()).read().unwrap_or_else(PoisonError::into_inner);
+        let door = self.doors.at(here()).read().unwrap_or_else(PoisonError::into_inner);
         let disk = door.as_deref().ok_or_else(closed)?;
         if disk.options.check_only {
             return Err(Error::new(

@@ -1,7 +1,8 @@
 //! What a storage was asked to do, counted without threads getting in each
 //! other's way.
 
-use crate::shard::{self, Count, Sharded};
+use crate::here::here;
+use crate::shard::{Count, Sharded};
 
 /// Operations and bytes that reached a storage, those that alignment costs
 /// included.
@@ -34,7 +35,7 @@ pub(super) struct Counters(Sharded<Shard>);
 impl Counters {
     #[inline]
     pub(super) fn read(&self, bytes: usize) {
-        let here = shard::here();
+        let here = here();
         let shard = self.0.at(here);
         shard.reads.add(here, 1);
         shard.read_bytes.add(here, bytes as u64);
@@ -42,14 +43,14 @@ impl Counters {
 
     #[inline]
     pub(super) fn write(&self, bytes: usize) {
-        let here = shard::here();
+        let here = here();
         let shard = self.0.at(here);
         shard.writes.add(here, 1);
         shard.write_bytes.add(here, bytes as u64);
     }
 
     pub(super) fn sync(&self) {
-        let here = shard::here();
+        let here = here();
         self.0.at(here).syncs.add(here, 1);
     }
 

@@ -6,10 +6,12 @@
 use std::future::Future;
 use std::ops::{Deref, DerefMut};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
+
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use crate::sync::thread::{self, Thread};
+use crate::sync::{Mutex, MutexGuard, thread_local};
 
 /// Polls a future to its end; parks the thread while it is pending. Allocates
 /// once in a thread's life.
@@ -48,7 +50,7 @@ impl Wake for Parked {
 
 impl Parking {
     fn new() -> Parking {
-        let thread = std::thread::current();
+        let thread = thread::current();
         let parked = Arc::new(Parked { thread, woken: AtomicBool::new(false) });
         Parking { waker: parked.clone().into(), parked }
     }
@@ -66,7 +68,7 @@ impl Parking {
     fn wait<F: Future>(&self, mut future: Pin<&mut F>, context: &mut Context<'_>) -> F::Output {
         loop {
             while !self.parked.woken.swap(false, Ordering::Acquire) {
-                std::thread::park();
+                thread::park();
             }
             if let Poll::Ready(output) = future.as_mut().poll(context) {
                 // What was taken may have been meant for a `block_on` further
@@ -99,7 +101,7 @@ struct List {
 
 impl WaitList {
     /// A list without anybody on it.
-    pub const fn new() -> WaitList {
+    pub fn new() -> WaitList {
         let list = List { next: 0, waiting: Vec::new() };
         WaitList { count: AtomicUsize::new(0), list: Mutex::new(list) }
     }
@@ -217,7 +219,7 @@ pub struct AsyncMutex<T> {
 
 impl<T> AsyncMutex<T> {
     /// A free value.
-    pub const fn new(value: T) -> AsyncMutex<T> {
+    pub fn new(value: T) -> AsyncMutex<T> {
         AsyncMutex { value: Mutex::new(Some(value)), waiting: WaitList::new() }
     }
 
@@ -269,7 +271,6 @@ mod tests {
     use std::future::poll_fn;
     use std::sync::atomic::AtomicU32;
     use std::sync::atomic::Ordering::SeqCst;
-    use std::thread;
     use std::time::Duration;
 
     use super::*;

@@ -9,12 +9,13 @@
 //! The cache does no I/O and knows no order: who loads brings the bytes, who
 //! writes back asks for copies of what is dirty. A dirty slice is never evicted.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use once_cell::sync::OnceCell;
 
 use crate::geometry::HostOffset;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use crate::sync::{Mutex, MutexGuard, hint};
 
 const MAX_WAYS: usize = 8;
 
@@ -229,7 +230,7 @@ impl SliceCache {
                 }
                 let before = slot.sequence.load(Ordering::Acquire);
                 if before & 1 == 1 {
-                    std::hint::spin_loop();
+                    hint::spin_loop();
                     continue 'again;
                 }
                 let Some(words) = slot.words.get() else { continue };
