@@ -30,6 +30,7 @@ pub struct Inside<'a> {
 }
 
 impl Drop for Inside<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.counter.fetch_sub(1, SeqCst);
         in_this_order();

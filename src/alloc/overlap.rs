@@ -90,6 +90,7 @@ impl OverlapIndex {
         index
     }
 
+    #[inline]
     fn filter_bit(&self, cluster: u64) -> (&AtomicU64, u64) {
         let hash = cluster.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let word = (hash >> 38) as usize & (self.filter.len() - 1);
@@ -141,6 +142,7 @@ impl OverlapIndex {
         clusters.keys().max().map_or(0, |last| (last + 1) << self.cluster_bits)
     }
 
+    #[inline]
     fn clusters_of(&self, offset: u64, bytes: u64) -> Range<u64> {
         let end = offset.saturating_add(bytes).saturating_sub(1);
         let first = offset >> self.cluster_bits;

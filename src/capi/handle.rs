@@ -171,6 +171,7 @@ pub struct Taken<V> {
 
 impl Call {
     /// A live object, to use in this call.
+    #[inline]
     pub fn held<T: Object>(&self, object: *const T) -> Result<Held<'_, T>> {
         let handle = self.live(object)?;
         let _user = handle.users.enter().ok_or_else(|| busy::<T>(Occupied::Leaving))?;
@@ -233,6 +234,7 @@ impl Call {
         }
     }
 
+    #[inline]
     fn live<T: Object>(&self, object: *const T) -> Result<&Handle<T::Value>> {
         let object = self.some(object, T::NAME)?;
         // SAFETY: not NULL, aligned; made by `Out::set` and not yet released

@@ -104,10 +104,10 @@ impl L2Format {
     }
 
     /// The common case of `decode`: `len` bytes (at least 1) of the cluster, from
-    /// the position `from` on, are all stored in its host cluster: where? `None`:
-    /// anything else; ask `decode`.
+    /// the position `from` on, are all stored in its host cluster: where, and may they
+    /// be written in place? `None`: anything else; ask `decode`.
     #[inline]
-    pub fn stored(self, entry: L2Entry, from: u64, len: u64) -> Option<HostOffset> {
+    pub fn stored(self, entry: L2Entry, from: u64, len: u64) -> Option<(HostOffset, bool)> {
         let L2Entry { descriptor, bitmap } = entry;
         let host = HostOffset::new(descriptor & OFFSET_MASK)?;
         let (flags, wanted) = if self.geometry.extended_l2 {
@@ -123,7 +123,7 @@ impl L2Format {
             && alloc & wanted == wanted
             && alloc & zero == 0
             && self.geometry.in_cluster(host.get()) == 0;
-        if plain { host.checked_add(from) } else { None }
+        if plain { Some((host.checked_add(from)?, descriptor & COPIED != 0)) } else { None }
     }
 
     /// The entry for what is to be said. Compressed clusters are never written
@@ -280,11 +280,11 @@ mod tests {
             let entry = L2Entry { descriptor, bitmap };
             let len = len.min(65536 - from);
             let expected = match format.decode(entry) {
-                Ok(cluster @ Cluster::Standard { host, .. }) => {
+                Ok(cluster @ Cluster::Standard { host, copied, .. }) => {
                     let all = format.geometry.subcluster_range(from..from + len).all(|index| {
                         cluster.subcluster(index) == Subcluster::Normal
                     });
-                    all.then(|| host.checked_add(from).unwrap())
+                    all.then(|| (host.checked_add(from).unwrap(), copied))
                 }
                 _ => None,
             };

@@ -252,7 +252,14 @@ impl Image {
         offset: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        self.enter(|disk| block_on(disk.write(&Blocking, Piece::Guest(from), offset, flags.fua)))
+        let data = Piece::Guest(from);
+        self.enter(|disk| {
+            let now = if flags.fua { None } else { disk.write_now(&Blocking, &data, offset) };
+            match now {
+                Some(result) => result,
+                None => block_on(disk.write(&Blocking, data, offset, flags.fua)),
+            }
+        })
     }
 
     /// Makes a range read as zero.

@@ -198,18 +198,23 @@ impl Qcow2 {
     }
 
     /// The common case of `lookup`: all `len` bytes (at least 1) lie in one host
-    /// cluster. `None`: anything else, or not known without I/O.
+    /// cluster, here; and whether they may be written in place. `None`: anything else,
+    /// or not known without I/O.
     #[inline]
-    pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<HostOffset> {
+    pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<(HostOffset, bool)> {
         let geometry = self.geometry();
         let cluster = geometry.guest_cluster(offset);
-        let table = HostOffset::new(self.l1.get(geometry.l1_index(cluster)) & OFFSET_MASK)?;
+        let l1_entry = self.l1.get(geometry.l1_index(cluster));
+        let table = HostOffset::new(l1_entry & OFFSET_MASK)?;
         let from = geometry.in_cluster(offset.0);
         if geometry.in_cluster(table.get()) != 0 || len > geometry.cluster_size() - from {
             return None;
         }
         let (key, index) = self.slice_of(table, cluster);
-        self.l2.read(key, |words| self.format.stored(self.entry_at(words, index), from, len))?
+        let stored = |words: &_| self.format.stored(self.entry_at(words, index), from, len);
+        let (host, copied) = self.l2.read(key, stored)??;
+        // An L2 table that is shared makes all it maps shared.
+        Some((host, copied && l1_entry & COPIED != 0))
     }
 
     /// What is stored at `offset`, up to `max` bytes (at least 1), without I/O.

@@ -37,7 +37,7 @@ impl Disk {
         }
         let _inside = self.inside();
         if let Some(Layer::Qcow2(image)) = self.layers.first() {
-            if let Some(host) = image.stored(GuestOffset(offset), len) {
+            if let Some((host, _)) = image.stored(GuestOffset(offset), len) {
                 let result = image.storage.read_now(engine, to, host.get())?;
                 self.requests.read(len);
                 return Some(result);

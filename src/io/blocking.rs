@@ -29,16 +29,17 @@ impl Engine for Blocking {
         pieces: &'a [Piece<'a>],
         offset: u64,
     ) -> Result<()> {
-        let result = match storage.backend() {
-            Backend::File(file) => file.write(pieces, offset),
-            Backend::Callbacks(callbacks) => callbacks.write(pieces, offset),
-            #[cfg(feature = "sim")]
-            Backend::Sim(_) => Err(libc::ENOTSUP),
-        };
-        done(storage, result, || {
-            let len: usize = pieces.iter().map(Piece::len).sum();
-            format!("writing {len} bytes at offset {offset}")
-        })
+        write(storage, pieces, offset)
+    }
+
+    #[inline]
+    fn write_now(
+        &self,
+        storage: &Storage,
+        pieces: &[Piece<'_>],
+        offset: u64,
+    ) -> Option<Result<()>> {
+        Some(write(storage, pieces, offset))
     }
 
     async fn sync<'a>(&'a self, storage: &'a Storage) -> Result<()> {
@@ -89,6 +90,20 @@ fn read(storage: &Storage, to: &Target<'_>, offset: u64) -> Result<()> {
     };
     let len = to.len();
     done(storage, result, || format!("reading {len} bytes at offset {offset}"))
+}
+
+#[inline]
+fn write(storage: &Storage, pieces: &[Piece<'_>], offset: u64) -> Result<()> {
+    let result = match storage.backend() {
+        Backend::File(file) => file.write(pieces, offset),
+        Backend::Callbacks(callbacks) => callbacks.write(pieces, offset),
+        #[cfg(feature = "sim")]
+        Backend::Sim(_) => Err(libc::ENOTSUP),
+    };
+    done(storage, result, || {
+        let len: usize = pieces.iter().map(Piece::len).sum();
+        format!("writing {len} bytes at offset {offset}")
+    })
 }
 
 #[inline]

@@ -73,6 +73,17 @@ pub trait Engine: Send + Sync {
         offset: u64,
     ) -> impl Future<Output = Result<()>> + Send + 'a;
 
+    /// As `write`, as `read_now` is to `read`.
+    #[inline]
+    fn write_now(
+        &self,
+        _storage: &Storage,
+        _pieces: &[Piece<'_>],
+        _offset: u64,
+    ) -> Option<Result<()>> {
+        None
+    }
+
     /// Makes durable what completed before (fdatasync).
     fn sync<'a>(&'a self, storage: &'a Storage) -> impl Future<Output = Result<()>> + Send + 'a;
 

@@ -318,6 +318,23 @@ impl Storage {
         direct::write(self, engine, pieces, offset, length as u64).await
     }
 
+    /// As `write`, as `read_now` is to `read`.
+    #[inline]
+    pub fn write_now<E: Engine>(
+        &self,
+        engine: &E,
+        pieces: &[Piece<'_>],
+        offset: u64,
+    ) -> Option<Result<()>> {
+        if self.alignment.request != 1 || !self.access.writable {
+            return None;
+        }
+        let length = total(pieces).ok()?;
+        let result = engine.write_now(self, pieces, offset)?;
+        self.counters.write(length);
+        Some(result)
+    }
+
     /// Makes durable what completed before. Does nothing if `no_flush`.
     pub async fn sync<E: Engine>(&self, engine: &E) -> Result<()> {
         if self.access.no_flush {
