@@ -15,13 +15,14 @@ use crate::format::refcount::RefcountWidth;
 use crate::geometry::{Geometry, SUBCLUSTERS};
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
-use crate::image::open::{access, check_new, read};
+use crate::image::open::{access, check_new};
 use crate::image::options::{Format, OpenOptions};
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::{Access, Source, Storage};
 use crate::io::wait::block_on;
 use crate::log;
+use crate::metadata::tables::read;
 use crate::sys::memory::Block;
 
 /// What the new image is to be. The default: version 3, 64 KiB clusters,

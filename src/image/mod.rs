@@ -15,7 +15,6 @@ pub(crate) mod option_values;
 pub mod options;
 mod qcow2;
 mod read;
-pub(crate) mod snapshot_table;
 pub mod status;
 mod write;
 mod writeback;

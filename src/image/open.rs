@@ -10,8 +10,7 @@ use std::sync::atomic::AtomicU64;
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
 use super::options::{Format, OpenOptions, Reference, ReferenceKind};
-use super::qcow2::{L1Table, Qcow2, Writing, words_of};
-use super::snapshot_table::read_snapshots;
+use super::qcow2::{L1Table, Qcow2, Writing};
 use crate::alloc::allocator::Allocator;
 use crate::alloc::health::Health;
 use crate::alloc::overlap::{Metadata, OverlapIndex};
@@ -23,9 +22,11 @@ use crate::format::l2::L2Format;
 use crate::format::limits::OFFSET_MASK;
 use crate::format::refcount::RefcountWidth;
 use crate::geometry::Geometry;
-use crate::io::engine::{Engine, Piece, Target};
+use crate::io::engine::{Engine, Piece};
 use crate::io::storage::{Access, Source, Storage};
 use crate::metadata::cache::SliceCache;
+use crate::metadata::snapshot_table::read_snapshots;
+use crate::metadata::tables::{read, read_table};
 use crate::sys::memory::Block;
 
 /// L2 slices, unless the options say otherwise.
@@ -535,38 +536,4 @@ async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Re
     let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
     image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
     image.storage.sync(engine).await
-}
-
-/// Reads a table of 8-byte entries, in pieces, so that hardly more memory is taken
-/// than it needs in the end.
-async fn read_table<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    offset: u64,
-    entries: usize,
-) -> Result<Vec<u64>> {
-    const PIECE: usize = 128 << 10;
-    let mut table = Vec::with_capacity(entries);
-    while table.len() < entries {
-        let count = PIECE.min(entries - table.len());
-        let at = offset + table.len() as u64 * 8;
-        table.extend(words_of(&read(engine, storage, at, count * 8).await?));
-    }
-    Ok(table)
-}
-
-/// Reads metadata; what lies past the end of the file is zero.
-pub(crate) async fn read<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    offset: u64,
-    bytes: usize,
-) -> Result<Vec<u8>> {
-    if bytes == 0 {
-        return Ok(Vec::new());
-    }
-    let block = Block::zeroed(bytes)?;
-    let all = block.slice(0, bytes);
-    storage.read(engine, Target::Block(all.clone()), offset).await?;
-    Ok(all.to_vec())
 }

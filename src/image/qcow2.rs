@@ -18,6 +18,7 @@ use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
 use crate::metadata::cache::{Loaded, SliceCache, SliceMut};
+use crate::metadata::tables::words_of;
 use crate::sys::memory::Block;
 
 /// An open qcow2 image, without what is below it.
@@ -438,11 +439,6 @@ impl Qcow2 {
         }
         error
     }
-}
-
-/// The words of a table as it is stored.
-pub fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|chunk| chunk.iter().fold(0, |word, b| word << 8 | u64::from(*b)))
 }
 
 fn entry_in(slice: &SliceMut<'_>, index: usize, words: usize) -> L2Entry {

@@ -1,5 +1,5 @@
 //! Checking: everything in an image that refers to a cluster is counted, and compared
-//! with the image's refcounts. Nothing is changed.
+//! with the image's refcounts. Works on a storage and its header, with no image open.
 //!
 //! Findings and their numbers are those of `qemu-img check`, also where an image is
 //! so broken that other numbers would do as well. Unlike there, a table that is
@@ -25,14 +25,10 @@ use crate::format::limits::MAX_L1_BYTES;
 use crate::format::refcount::RefcountWidth;
 use crate::format::snapshot::Snapshot;
 use crate::geometry::Geometry;
-use crate::image::disk::{Disk, Layer};
-use crate::image::handle::Image;
-use crate::image::open::read;
-use crate::image::snapshot_table::read_snapshots;
-use crate::io::blocking::Blocking;
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
-use crate::io::wait::block_on;
+use crate::metadata::snapshot_table::read_snapshots;
+use crate::metadata::tables::{read, words_of};
 
 /// What a check has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,43 +87,20 @@ pub trait Observer: Send {
 
 impl Observer for () {}
 
-impl Image {
-    /// Checks the image file itself, not those below it; a writable image is flushed
-    /// before, and what it holds ready for use is given back. Returns what was
-    /// found also if the check could not be completed.
-    ///
-    /// Errors: `NotSupported` for raw images, `Busy` if another call is in progress,
-    /// `Cancelled`, `Limit` ("max-metadata-size"), `Corrupt` where a table cannot be
-    /// understood at all, and those of reading and flushing.
-    pub fn check(&self, observer: &mut dyn Observer) -> (CheckResult, Result<()>) {
-        let mut result = CheckResult::default();
-        let outcome = self.alone(|disk| {
-            block_on(async {
-                disk.settle(&Blocking).await?;
-                disk.check(&Blocking, observer, &mut result).await
-            })
-        });
-        (result, outcome)
-    }
-}
-
-impl Disk {
-    /// As `Image::check`, while nothing else happens on a settled disk.
-    pub async fn check<E: Engine>(
-        &self,
-        engine: &E,
-        observer: &mut dyn Observer,
-        result: &mut CheckResult,
-    ) -> Result<()> {
-        let Some(Layer::Qcow2(image)) = self.layers.first() else {
-            return Err(Error::new(ErrorKind::NotSupported, "raw images have nothing to check"));
-        };
-        let memory = self.options.max_metadata_size;
-        let mut check = Check::new(engine, &image.storage, &image.header, memory, observer)?;
-        let outcome = check.run().await;
-        *result = check.result;
-        outcome.map_err(|error| error.context(format!("checking {}", image.storage.name())))
-    }
+/// Checks the image on a storage, while nobody writes to it. `memory`: how many
+/// bytes may be taken. `result` is right also if the check could not be completed.
+pub async fn check<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    header: &Header,
+    memory: u64,
+    observer: &mut dyn Observer,
+    result: &mut CheckResult,
+) -> Result<()> {
+    let mut check = Check::new(engine, storage, header, memory, observer)?;
+    let outcome = check.run().await;
+    *result = check.result;
+    outcome.map_err(|error| error.context(format!("checking {}", storage.name())))
 }
 
 /// A check under way.
@@ -175,6 +148,15 @@ impl<'a, E: Engine> Check<'a, E> {
     }
 
     async fn run(&mut self) -> Result<()> {
+        let uses = self.count().await?;
+        let mut blocks = Blocks::load(self).await?;
+        self.refcount_blocks(&blocks)?;
+        self.compare(&mut blocks).await?;
+        self.copied_flags(&uses, &mut blocks).await
+    }
+
+    /// Counts everything but the refcount blocks.
+    async fn count(&mut self) -> Result<L2Uses> {
         let (snapshots, table_bytes) = self.snapshots().await?;
         let mut uses = L2Uses::default();
         self.refer("the header", 0, self.geometry.cluster_size(), 1)?;
@@ -189,10 +171,7 @@ impl<'a, E: Engine> Check<'a, E> {
             self.refer("the encryption header", crypto.offset, crypto.length, 1)?;
         }
         self.bitmaps().await?;
-        let mut blocks = Blocks::load(self).await?;
-        self.refcount_blocks(&blocks)?;
-        self.compare(&mut blocks).await?;
-        self.copied_flags(&uses, &mut blocks).await
+        Ok(uses)
     }
 
     /// Takes memory off what may be used.
@@ -215,7 +194,7 @@ impl<'a, E: Engine> Check<'a, E> {
 
     async fn read_words(&mut self, offset: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(offset, count * 8).await?;
-        Ok(bytes.chunks_exact(8).map(word).collect())
+        Ok(words_of(&bytes).collect())
     }
 
     /// One more table or block has been looked at.
@@ -387,9 +366,4 @@ impl<'a, E: Engine> Check<'a, E> {
         }
         Ok(())
     }
-}
-
-/// A word as it lies in the file.
-fn word(bytes: &[u8]) -> u64 {
-    bytes.first_chunk().map_or(0, |word| u64::from_be_bytes(*word))
 }

@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use super::Check;
 use super::counts::Blocks;
-use super::{Check, word};
 use crate::error::Result;
 use crate::format::compressed;
 use crate::format::l2::{COMPRESSED, COPIED, ZERO};
 use crate::format::limits::OFFSET_MASK;
 use crate::io::engine::Engine;
+use crate::metadata::tables::words_of;
 
 /// Bits of an L1 entry that must be zero.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -130,11 +131,14 @@ impl<E: Engine> Check<'_, E> {
         let geometry = self.geometry;
         let external = self.header.external_data_file();
         let bytes = self.read(table, geometry.cluster_size()).await?;
-        let entries = bytes.chunks_exact(geometry.l2_entry_size() as usize).map(|entry| Entry {
-            descriptor: word(entry),
-            bitmap: entry.get(8..).map_or(0, word),
-            extended: geometry.extended_l2,
-            external,
+        let entries = bytes.chunks_exact(geometry.l2_entry_size() as usize).map(|entry| {
+            let mut words = words_of(entry);
+            Entry {
+                descriptor: words.next().unwrap_or(0),
+                bitmap: words.next().unwrap_or(0),
+                extended: geometry.extended_l2,
+                external,
+            }
         });
         Ok(entries.collect())
     }

@@ -152,7 +152,8 @@ impl<E: Engine> Check<'_, E> {
         let block = blocks.block(index, size);
         let Block::At(offset) = block else { return block };
         if blocks.last.as_ref().is_none_or(|(at, _)| *at != offset) {
-            let read = crate::image::open::read(self.engine, self.storage, offset, size as usize);
+            let read =
+                crate::metadata::tables::read(self.engine, self.storage, offset, size as usize);
             match read.await {
                 Ok(bytes) => blocks.last = Some((offset, bytes)),
                 Err(_) => {
