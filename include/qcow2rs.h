@@ -629,6 +629,54 @@ int qcow2rs_create_path(const char *path, uint32_t flags,
 int qcow2rs_measure(const struct qcow2rs_create_opts *opts, uint64_t *required,
                     uint64_t *fully_allocated);
 
+/* -------------------------------------------------------------------- Check */
+
+#define QCOW2RS_REPAIR_LEAKS 1u  /* Give leaked clusters back. */
+#define QCOW2RS_REPAIR_ERRORS 2u /* Mend what is damaged. */
+
+/* What a check has found: the numbers of `qemu-img check`.  Grows at the end. */
+struct qcow2rs_check_result {
+    uint64_t corruptions;         /* What contradicts itself, or is used
+                                     without being counted. */
+    uint64_t leaks;               /* Clusters that are counted more often
+                                     than they are used. */
+    uint64_t check_errors;        /* Could not be checked. */
+    uint64_t corruptions_fixed;   /* 0: nothing is repaired yet. */
+    uint64_t leaks_fixed;         /* 0: nothing is repaired yet. */
+    uint64_t image_end_offset;    /* Highest host offset in use. */
+    uint64_t total_clusters;      /* Clusters of the virtual disk. */
+    uint64_t allocated_clusters;  /* Those that have a place in the image
+                                     file. */
+    uint64_t fragmented_clusters; /* Those that do not follow their
+                                     neighbour. */
+    uint64_t compressed_clusters; /* Those that are stored compressed. */
+};
+
+/* Called for each finding.  severity: QCOW2RS_LOG_WARN for a leak,
+ * QCOW2RS_LOG_ERROR for damage and for what could not be checked.  message is
+ * NUL-terminated, no newline, valid during the call.  The callback may make
+ * [CB] calls only. */
+typedef void (*qcow2rs_finding_fn)(void *opaque, uint32_t severity,
+                                   uint64_t host_offset, const char *message);
+
+/* Return 0 to go on, non-zero to cancel: the operation then fails with
+ * -ECANCELED, the image consistent.  Runs on the calling thread; total may
+ * change; done never decreases.  The callback may make [CB] calls only. */
+typedef int (*qcow2rs_progress_fn)(void *opaque, uint64_t done, uint64_t total);
+
+/* [EXCL] Returns 0 if the check ran to its end, whatever it found: look at the
+ * result.  result_size is sizeof(*result), as in qcow2rs_get_info.  Of a chain
+ * this image only; one that is open for writing is flushed first.  finding and
+ * progress may be NULL.  flags 0: change nothing; QCOW2RS_REPAIR_*: -EROFS on
+ * a read-only image, and -ENOTSUP, for this build does not repair.
+ * -ENOTSUP: a RAW image.  -ECANCELED: progress said so.  -EFBIG
+ * (QCOW2RS_E_LIMIT): more memory than "max-metadata-size" is needed.  -EIO: a
+ * table cannot be read or understood at all; its finding was told. */
+int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
+                  struct qcow2rs_check_result *result, size_t result_size,
+                  qcow2rs_finding_fn finding, qcow2rs_progress_fn progress,
+                  void *opaque);
+
 #ifdef __cplusplus
 }
 #endif
