@@ -7,16 +7,19 @@
 //! not read for each of them, and memory is bounded by the image's "max-metadata-size".
 //!
 //! This file knows the order of the check and what is counted besides clusters of
-//! data; `tables` knows L1 and L2 tables, `counts` compares with the refcounts.
+//! data; `tables` knows L1 and L2 tables, `counts` compares with the refcounts,
+//! `repair` makes them what they should be.
 
 mod counts;
 mod references;
+mod repair;
 mod tables;
 
 use std::collections::BTreeMap;
 
 use self::counts::Blocks;
 use self::references::References;
+pub use self::repair::repair;
 use self::tables::L2Uses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{self, BitmapCluster};
@@ -113,6 +116,8 @@ struct Check<'a, E> {
     /// Bytes of the image file, in whole sectors.
     length: u64,
     references: References,
+    /// The first thing that refers to clusters and could not be counted.
+    uncounted: Option<String>,
     /// Memory for everything else, in bytes.
     memory: u64,
     result: CheckResult,
@@ -139,6 +144,7 @@ impl<'a, E: Engine> Check<'a, E> {
             width,
             length: storage.length()?.next_multiple_of(512),
             references: References::new(width.max(), memory / 2),
+            uncounted: None,
             memory: memory / 2,
             result: CheckResult { total_clusters, ..CheckResult::default() },
             observer,
@@ -220,6 +226,12 @@ impl<'a, E: Engine> Check<'a, E> {
         self.tell(Severity::Corruption, host_offset, message, times);
     }
 
+    /// What is damaged in such a way that its references are not counted.
+    fn uncounted(&mut self, host_offset: u64, message: String, times: u64) {
+        self.uncounted.get_or_insert_with(|| message.clone());
+        self.corrupt(host_offset, message, times);
+    }
+
     fn unchecked(&mut self, host_offset: u64, message: String, times: u64) {
         self.result.check_errors += times;
         self.tell(Severity::Unchecked, host_offset, message, times);
@@ -239,7 +251,7 @@ impl<'a, E: Engine> Check<'a, E> {
         let end = offset.saturating_add(bytes);
         if end >= self.length.saturating_add(self.geometry.cluster_size()) {
             let text = format!("{what} ({bytes} bytes) lies past the end of the file");
-            self.corrupt(offset, text, times);
+            self.uncounted(offset, text, times);
             return Ok(());
         }
         let bits = self.geometry.cluster_bits;
@@ -247,7 +259,7 @@ impl<'a, E: Engine> Check<'a, E> {
             let lost = self.references.add(cluster, times)?;
             if lost > 0 {
                 let text = format!("cluster {cluster} has more references than a refcount counts");
-                self.corrupt(cluster << bits, text, lost);
+                self.uncounted(cluster << bits, text, lost);
             }
         }
         Ok(())
@@ -297,7 +309,7 @@ impl<'a, E: Engine> Check<'a, E> {
     async fn snapshot_l1s(&mut self, snapshots: &[Snapshot], uses: &mut L2Uses) -> Result<()> {
         if self.header.external_data_file() && !snapshots.is_empty() {
             let text = "an image with an external data file has snapshots".to_owned();
-            self.corrupt(self.header.snapshots_offset, text, 1);
+            self.uncounted(self.header.snapshots_offset, text, 1);
         }
         let mut tables = BTreeMap::new();
         for snapshot in snapshots {
@@ -305,10 +317,10 @@ impl<'a, E: Engine> Check<'a, E> {
             let bytes = u64::from(snapshot.l1_size) * 8;
             if self.geometry.in_cluster(snapshot.l1_offset) != 0 {
                 let text = format!("the L1 table of snapshot {name:?} is not aligned to a cluster");
-                self.corrupt(snapshot.l1_offset, text, 1);
+                self.uncounted(snapshot.l1_offset, text, 1);
             } else if bytes > MAX_L1_BYTES {
                 let text = format!("the L1 table of snapshot {name:?} is too large");
-                self.corrupt(snapshot.l1_offset, text, 1);
+                self.uncounted(snapshot.l1_offset, text, 1);
             } else {
                 *tables.entry((snapshot.l1_offset, snapshot.l1_size)).or_default() += 1;
             }
@@ -359,7 +371,7 @@ impl<'a, E: Engine> Check<'a, E> {
                         self.refer("a cluster of a bitmap", bits.get(), size, 1)?;
                     }
                     Ok(BitmapCluster::Zeros | BitmapCluster::Ones) => {}
-                    Err(error) => self.corrupt(at, error.message(), 1),
+                    Err(error) => self.uncounted(at, error.message(), 1),
                 }
             }
             self.step()?;
