@@ -433,7 +433,7 @@ fn spoil(image: &mut Dissected, rng: &mut Rng) -> (usize, u64, u64) {
         _ => rng.below(image.bytes.len() as u64 / 8) * 8,
     };
     // Of the header other tests tell.
-    let at = at.max(cluster) as usize / 8 * 8;
+    let at = at.clamp(cluster, image.bytes.len() as u64 - 8) as usize / 8 * 8;
     let old = image.u64(at);
     let clusters = image.bytes.len() as u64 / cluster;
     let new = match rng.below(6) {
