@@ -39,7 +39,14 @@ impl Disk {
         let Some(Layer::Qcow2(image)) = self.layers.first() else {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have nothing to check"));
         };
+        let mut header = image.header.clone();
+        if let Some(writing) = &image.writing {
+            // It may have moved since.
+            let (offset, bytes) = writing.allocator.refcounts.table_place();
+            header.reftable_offset = offset;
+            header.reftable_clusters = header.geometry.clusters_for(bytes) as u32;
+        }
         let memory = self.options.max_metadata_size;
-        check(engine, &image.storage, &image.header, memory, observer, result).await
+        check(engine, &image.storage, &header, memory, observer, result).await
     }
 }
