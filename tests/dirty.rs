@@ -201,6 +201,44 @@ fn a_repair_writes_nothing_where_all_is_right_but_the_bit() {
 }
 
 #[test]
+fn an_image_that_is_refused_for_its_chain_is_not_repaired() {
+    let scratch = Scratch::new();
+    let base = scratch.path("base");
+    fs::write(&base, [1; 4096]).unwrap();
+    let path = new(&scratch, &format!("{LAZY},backing_file={},backing_fmt=raw", text(&base)));
+    make_dirty(&path);
+    fs::remove_file(&base).unwrap();
+    let before = fs::read(&path).unwrap();
+    let error = try_open(&path, &[]).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Backing(libc::ENOENT));
+    assert!(fs::read(&path).unwrap() == before, "it is as it was");
+}
+
+/// Either bit is written as one word with the other, and neither is lost by that.
+#[test]
+fn a_dirty_image_that_is_found_to_be_corrupt_is_both() {
+    let scratch = Scratch::new();
+    let path = new(&scratch, LAZY);
+    qemu_io(&path, &["write -P 1 0 64k".into()]);
+    Dissected::patch(&path, |image| {
+        let at = image.entry_at(2).unwrap();
+        image.put64(at, image.l1_offset() | COPIED);
+    });
+    let image = open_rw(&path);
+    write(&image, 40, 2);
+    image.flush().unwrap();
+    let data = vec![3; 512];
+    let error = image.write_at(&data, 2 * CLUSTER, WriteFlags::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert_eq!(Dissected::load(&path).incompatible(), 3);
+    assert_eq!(image.info().unwrap().qcow2.unwrap().incompatible, 3);
+    image.close().unwrap_err();
+    assert_eq!(Dissected::load(&path).incompatible(), 3, "close clears neither");
+    assert_eq!(try_open(&path, &[]).err().unwrap().kind(), ErrorKind::MarkedCorrupt);
+    qemu("qemu-img", &["check", "-q", "-r", "all", "-f", "qcow2", text(&path)]);
+}
+
+#[test]
 fn refcounts_blocks_and_flags_are_rebuilt() {
     let scratch = Scratch::new();
     let path = new(&scratch, "cluster_size=512,refcount_bits=64,lazy_refcounts=on");

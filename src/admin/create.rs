@@ -41,7 +41,7 @@ pub struct CreateOptions {
     pub extended_l2: bool,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// Whether the compatible bit for lazy refcounts is set.
+    /// Whether refcounts may be written at close, and rebuilt after a crash.
     pub lazy_refcounts: bool,
     /// The image below, as it is written into the header, and its format.
     pub backing: Option<(Vec<u8>, Format)>,
