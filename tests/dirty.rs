@@ -248,7 +248,8 @@ fn refcounts_blocks_and_flags_are_rebuilt() {
     qemu_io(&path, &["write -P 2 1k 64k".into(), "write -c -P 3 400k 512".into()]);
     let sound = Dissected::load(&path);
     let blocks = sound.reftable();
-    let damage: [(&str, &dyn Fn(&mut Dissected)); 5] = [
+    type Damage<'a> = (&'a str, &'a dyn Fn(&mut Dissected));
+    let damage: [Damage<'_>; 5] = [
         ("a count is too low", &|image| {
             let block = (image.reftable()[1] & OFFSET) as usize;
             image.put(block, &[0; 256]);
