@@ -13,7 +13,8 @@ pub const QCOW2RS_REPAIR_LEAKS: u32 = 1;
 /// Mend what is damaged.
 pub const QCOW2RS_REPAIR_ERRORS: u32 = 2;
 
-/// What a check has found: the numbers of `qemu-img check`.  Grows at the end.
+/// What a check has found: the numbers of `qemu-img check`.  Grows at the
+/// end.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct qcow2rs_check_result {

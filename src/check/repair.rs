@@ -8,7 +8,7 @@
 
 use super::counts::{Block, Blocks};
 use super::tables::{Entry, L2Uses};
-use super::{Check, Finding, Observer, Severity};
+use super::{Check, Finding, Observer};
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::format::l2::COPIED;
@@ -18,15 +18,14 @@ use crate::io::storage::Storage;
 use crate::log;
 use crate::sys::memory;
 
-/// Logs what is found.
+/// Logs what is found: damage, of which there should be none.
 struct Log<'a> {
     name: &'a str,
 }
 
 impl Observer for Log<'_> {
     fn finding(&mut self, finding: &Finding) {
-        let level = if finding.severity == Severity::Leak { log::DEBUG } else { log::WARN };
-        log::emit(level, "repair", || format!("{}: {}", self.name, finding.message));
+        log::emit(log::WARN, "repair", || format!("{}: {}", self.name, finding.message));
     }
 }
 

@@ -155,6 +155,7 @@ mod tests {
             ("discard-no-unref", "on"),
             ("backing-format", "raw"),
             ("backing-direct", "off"),
+            ("lazy-refcounts", "on"),
             ("repair-dirty", "off"),
             ("allow-qcow2-magic", "on"),
             ("max-chain-depth", "3"),
@@ -170,6 +171,7 @@ mod tests {
         assert!(!options.discard && options.discard_no_unref);
         assert_eq!(options.backing_format, Some(Format::Raw));
         assert_eq!(options.backing_direct, Some(false));
+        assert_eq!(options.lazy_refcounts, Some(true));
         assert!(!options.repair_dirty && options.allow_qcow2_magic);
         assert_eq!(options.max_chain_depth, 3);
         assert_eq!(options.max_metadata_size, 64 << 20);
@@ -183,7 +185,6 @@ mod tests {
         for (name, value) in [
             ("cache-clean-interval", "0"),
             ("cache-clean-interval", "600"),
-            ("lazy-refcounts", "on"),
             ("overlap-check", "none"),
             ("overlap-check", "all"),
             ("overlap-check.template", "constant"),

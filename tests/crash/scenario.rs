@@ -271,7 +271,7 @@ impl Life<'_> {
         if report.dirty && !self.config().kind.lazy {
             return Err(format!("{when}: the image is marked dirty"));
         }
-        let every = if report.dirty { 0 } else { self.scenario.qemu_every.get() };
+        let every = self.scenario.qemu_every.get();
         if every > 0 && self.rng.borrow_mut().chance(1, every) {
             let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
             let path = dir.path().join("image");
@@ -280,8 +280,12 @@ impl Life<'_> {
                 None => Ok(()),
             });
             dumped.map_err(|error| error.to_string())?;
+            if report.dirty {
+                qemu::repair(&path);
+            }
             let (verdict, said) = qemu::check(&path);
-            if (verdict.corruptions, verdict.errors, verdict.leaks) != (0, 0, report.leaks_inside) {
+            let leaks = if report.dirty { 0 } else { report.leaks_inside };
+            if (verdict.corruptions, verdict.errors, verdict.leaks) != (0, 0, leaks) {
                 return Err(format!("{when}: {report:#?}, but qemu-img check: {said}"));
             }
         }
