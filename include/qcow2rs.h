@@ -634,7 +634,8 @@ int qcow2rs_measure(const struct qcow2rs_create_opts *opts, uint64_t *required,
 #define QCOW2RS_REPAIR_LEAKS 1u  /* Give leaked clusters back. */
 #define QCOW2RS_REPAIR_ERRORS 2u /* Mend what is damaged. */
 
-/* What a check has found: the numbers of `qemu-img check`.  Grows at the end. */
+/* What a check has found: the numbers of `qemu-img check`.  Grows at the
+ * end. */
 struct qcow2rs_check_result {
     uint64_t corruptions;         /* What contradicts itself, or is used
                                      without being counted. */
