@@ -77,6 +77,15 @@ static void bad_headers(void)
               QCOW2RS_E_UNSUPPORTED_FEATURE);
     open_with(72, 2, 8, rdwr, EROFS, QCOW2RS_E_MARKED_CORRUPT);
     open_with(40, 0, 8, rdwr, EIO, QCOW2RS_E_CORRUPT);
+    /* Dirty: repaired, unless that is not wanted. */
+    CHECK_OK(qcow2rs_open_opts_set(rdwr, "repair-dirty", "off"));
+    open_with(72, 1, 8, rdwr, EUCLEAN, QCOW2RS_E_DIRTY);
+    put(72, 1, 8);
+    CHECK_OK(open_disk(NULL));
+    CHECK_EQ(get64(72), 1);
+    CHECK_OK(qcow2rs_open_opts_set(rdwr, "repair-dirty", "on"));
+    CHECK_OK(open_disk(rdwr));
+    CHECK_EQ(get64(72), 0);
     qcow2rs_open_opts_free(&rdwr);
 }
 

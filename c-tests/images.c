@@ -84,6 +84,18 @@ static void info(void)
     qcow2rs_free(json);
     CHECK_OK(qcow2rs_close(&img));
 
+    /* Lazy refcounts show while the image is in use. */
+    img = open_image(path, QCOW2RS_OPEN_RDWR);
+    CHECK_OK(qcow2rs_pwrite(img, "data", 4, 0, 0));
+    CHECK_OK(qcow2rs_flush(img));
+    CHECK_OK(qcow2rs_get_info(img, &i, sizeof(i)));
+    CHECK(i.flags & QCOW2RS_INFO_DIRTY);
+    CHECK_OK(qcow2rs_abandon(&img));
+    img = open_image(path, QCOW2RS_OPEN_RDWR);
+    CHECK_OK(qcow2rs_get_info(img, &i, sizeof(i)));
+    CHECK(!(i.flags & QCOW2RS_INFO_DIRTY));
+    CHECK_OK(qcow2rs_close(&img));
+
     CHECK_OK(qcow2rs_create_opts_set(o, "extended_l2", "off"));
     CHECK_OK(qcow2rs_create_opts_set(o, "refcount_bits", "16"));
     CHECK_OK(qcow2rs_create_opts_set(o, "lazy_refcounts", "off"));

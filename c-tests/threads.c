@@ -131,6 +131,7 @@ static void busy(void)
     struct qcow2rs_storage *storage;
     struct qcow2rs_info info;
     struct qcow2rs_stats stats;
+    struct qcow2rs_check_result found;
     pthread_t thread;
     struct memory m;
 
@@ -157,6 +158,8 @@ static void busy(void)
     CHECK(img == same);
     CHECK_ERR(qcow2rs_invalidate(img), EBUSY);
     CHECK_ERR(qcow2rs_reopen(img, QCOW2RS_OPEN_RDWR), EBUSY);
+    CHECK_ERR(qcow2rs_check(img, 0, &found, sizeof(found), NULL, NULL, NULL),
+              EBUSY);
     /* ...and questions do not. */
     CHECK_EQ(qcow2rs_get_size(img), SIZE);
     CHECK_OK(qcow2rs_get_info(img, &info, sizeof(info)));

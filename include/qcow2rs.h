@@ -139,8 +139,7 @@ int qcow2rs_has_feature(const char *name);
  * the image is opened again; -EIO. */
 #define QCOW2RS_E_FLUSH_FAILED 16u
 #define QCOW2RS_E_DIRTY 17u              /* Dirty, and the option
-                                            "repair-dirty" is off; -EUCLEAN.
-                                            Not from this build: see there. */
+                                            "repair-dirty" is off; -EUCLEAN. */
 
 /* [MT][CB] Message of the calling thread's most recent failure, never NULL,
  * "" if none.  UTF-8; untrusted bytes taken from images are escaped.  Valid
@@ -322,8 +321,9 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * qcow2: for an image that stores no backing format, which is otherwise
  * refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
  * QEMU: a read-write open of an image whose dirty bit is set rebuilds its
- * refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
- * build refuses such an open with -ENOTSUP, be it on or off),
+ * refcounts, in time proportional to the image, or fails with
+ * QCOW2RS_E_CORRUPT, nothing changed, where that cannot be; off:
+ * QCOW2RS_E_DIRTY),
  * "allow-qcow2-magic" (on|off, default off: see set_format),
  * "max-chain-depth" (images below this one, default 200),
  * "max-metadata-size" (default 1G: for the whole chain, caches included; the
@@ -332,7 +332,7 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * O_DIRECT for the images below, default as this one's, so that many disks can
  * share one base's page cache).  Accepted, with nothing to change:
  * "cache-clean-interval" (there is no thread that would clean; the caches keep
- * to their sizes), "lazy-refcounts" (refcounts are never left stale),
+ * to their sizes),
  * "overlap-check" (the check is always on, for what "cached" means; "all" adds
  * nothing).
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
@@ -628,6 +628,55 @@ int qcow2rs_create_path(const char *path, uint32_t flags,
  * data, fully_allocated for one holding size bytes (`qemu-img measure`). */
 int qcow2rs_measure(const struct qcow2rs_create_opts *opts, uint64_t *required,
                     uint64_t *fully_allocated);
+
+/* -------------------------------------------------------------------- Check */
+
+#define QCOW2RS_REPAIR_LEAKS 1u  /* Give leaked clusters back. */
+#define QCOW2RS_REPAIR_ERRORS 2u /* Mend what is damaged. */
+
+/* What a check has found: the numbers of `qemu-img check`.  Grows at the
+ * end. */
+struct qcow2rs_check_result {
+    uint64_t corruptions;         /* What contradicts itself, or is used
+                                     without being counted. */
+    uint64_t leaks;               /* Clusters that are counted more often
+                                     than they are used. */
+    uint64_t check_errors;        /* Could not be checked. */
+    uint64_t corruptions_fixed;   /* 0: nothing is repaired yet. */
+    uint64_t leaks_fixed;         /* 0: nothing is repaired yet. */
+    uint64_t image_end_offset;    /* Highest host offset in use. */
+    uint64_t total_clusters;      /* Clusters of the virtual disk. */
+    uint64_t allocated_clusters;  /* Those that have a place in the image
+                                     file. */
+    uint64_t fragmented_clusters; /* Those that do not follow their
+                                     neighbour. */
+    uint64_t compressed_clusters; /* Those that are stored compressed. */
+};
+
+/* Called for each finding.  severity: QCOW2RS_LOG_WARN for a leak,
+ * QCOW2RS_LOG_ERROR for damage and for what could not be checked.  message is
+ * NUL-terminated, no newline, valid during the call.  The callback may make
+ * [CB] calls only. */
+typedef void (*qcow2rs_finding_fn)(void *opaque, uint32_t severity,
+                                   uint64_t host_offset, const char *message);
+
+/* Return 0 to go on, non-zero to cancel: the operation then fails with
+ * -ECANCELED, the image consistent.  Runs on the calling thread; total may
+ * change; done never decreases.  The callback may make [CB] calls only. */
+typedef int (*qcow2rs_progress_fn)(void *opaque, uint64_t done, uint64_t total);
+
+/* [EXCL] Returns 0 if the check ran to its end, whatever it found: look at the
+ * result.  result_size is sizeof(*result), as in qcow2rs_get_info.  Of a chain
+ * this image only; one that is open for writing is flushed first.  finding and
+ * progress may be NULL.  flags 0: change nothing; QCOW2RS_REPAIR_*: -EROFS on
+ * a read-only image, and -ENOTSUP, for this build does not repair.
+ * -ENOTSUP: a RAW image.  -ECANCELED: progress said so.  -EFBIG
+ * (QCOW2RS_E_LIMIT): more memory than "max-metadata-size" is needed.  -EIO: a
+ * table cannot be read or understood at all; its finding was told. */
+int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
+                  struct qcow2rs_check_result *result, size_t result_size,
+                  qcow2rs_finding_fn finding, qcow2rs_progress_fn progress,
+                  void *opaque);
 
 #ifdef __cplusplus
 }

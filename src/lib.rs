@@ -28,8 +28,9 @@
 //! | `format` | bytes to types and back, pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
-//! | `metadata` | the cache of table slices |
+//! | `metadata` | the cache of table slices, reading tables |
 //! | `alloc` | host clusters: who uses them, when they may be reused |
+//! | `check` | counting what refers to clusters; comparing refcounts with it, mending them |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
 //! | `admin` | create, measure, probe, check |
 //! | `capi` | the C API |
@@ -53,6 +54,8 @@ mod metadata;
 
 mod alloc;
 
+mod check;
+
 pub mod image;
 
 pub mod admin;
@@ -61,10 +64,10 @@ pub mod admin;
 #[doc(hidden)]
 pub mod capi;
 
-pub use admin::check::{CheckResult, Finding, Observer, Severity};
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };
+pub use check::{CheckResult, Finding, Observer, Severity};
 pub use error::{Error, ErrorKind, Result};
 pub use image::handle::{Image, WriteFlags};
 pub use image::info::{Info, Qcow2Info, Stats, StoredReference};

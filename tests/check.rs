@@ -201,6 +201,25 @@ fn a_writable_image_is_checked_as_it_is() {
     compare(&path, "after close");
 }
 
+/// The header that was read at open tells of the old one.
+#[test]
+fn a_refcount_table_that_has_moved_is_checked_where_it_is() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    // One cluster of table counts 2 MiB.
+    qemu_create(&path, "cluster_size=512,refcount_bits=64", 4 << 20);
+    let before = Dissected::load(&path).u64(field::REFTABLE_OFFSET);
+    let image = support::open_rw(&path);
+    image.write_at(&vec![1; 3 << 20], 0, Default::default()).unwrap();
+    let mut tally = Tally::default();
+    let (result, outcome) = image.check(&mut tally);
+    outcome.unwrap();
+    assert_eq!((result.corruptions, result.leaks), (0, 0), "{:?}", tally.texts);
+    image.close().unwrap();
+    assert_ne!(Dissected::load(&path).u64(field::REFTABLE_OFFSET), before, "it has moved");
+    compare(&path, "after close");
+}
+
 #[test]
 fn progress_may_stop_a_check() {
     struct Stop(u64);

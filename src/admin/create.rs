@@ -15,13 +15,14 @@ use crate::format::refcount::RefcountWidth;
 use crate::geometry::{Geometry, SUBCLUSTERS};
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
-use crate::image::open::{access, check_new, read};
+use crate::image::open::{access, check_new};
 use crate::image::options::{Format, OpenOptions};
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::{Access, Source, Storage};
 use crate::io::wait::block_on;
 use crate::log;
+use crate::metadata::tables::read;
 use crate::sys::memory::Block;
 
 /// What the new image is to be. The default: version 3, 64 KiB clusters,
@@ -40,7 +41,7 @@ pub struct CreateOptions {
     pub extended_l2: bool,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// Whether the compatible bit for lazy refcounts is set.
+    /// Whether refcounts may be written at close, and rebuilt after a crash.
     pub lazy_refcounts: bool,
     /// The image below, as it is written into the header, and its format.
     pub backing: Option<(Vec<u8>, Format)>,

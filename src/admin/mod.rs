@@ -1,6 +1,6 @@
 //! What is done to images as wholes: create, measure, probe, check.
 
-pub mod check;
+mod check;
 pub mod create;
 mod layout;
 mod option_names;

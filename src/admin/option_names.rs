@@ -15,7 +15,7 @@ impl CreateOptions {
     /// | cluster_size | size | a power of two between 512 and 2M |
     /// | extended_l2 | on, off | subclusters |
     /// | refcount_bits | number | a power of two up to 64 |
-    /// | lazy_refcounts | on, off | a hint to those who know it |
+    /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash |
     /// | compression_type | zlib | |
     /// | preallocation | off | |
     ///

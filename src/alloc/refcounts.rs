@@ -3,7 +3,8 @@
 //!
 //! Rising counts may be written at any time. Counts are lowered here only after
 //! the pointer was durably dropped (see `limbo`), so writing them early is safe
-//! as well: a crash leaves leaks, never a count that is too low.
+//! as well: a crash leaves leaks, never a count that is too low (or, with lazy
+//! refcounts, an image that says that its counts are not to be believed).
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
@@ -237,6 +238,12 @@ impl Refcounts {
             })
             .await?;
         lowered.map_err(none_left)
+    }
+
+    /// Where the refcount table is, and its bytes.
+    pub fn table_place(&self) -> (u64, u64) {
+        let table = self.table();
+        (table.offset, table.entries.len() as u64 * 8)
     }
 
     /// Whether anything waits to be written.

@@ -40,8 +40,7 @@ pub const QCOW2RS_E_PANIC: u32 = 15;
 /// A sync failed, for whatever reason. Sticky: writes and flushes fail until
 /// the image is opened again; -EIO.
 pub const QCOW2RS_E_FLUSH_FAILED: u32 = 16;
-/// Dirty, and the option "repair-dirty" is off; -EUCLEAN. Not from
-/// this build: see there.
+/// Dirty, and the option "repair-dirty" is off; -EUCLEAN.
 pub const QCOW2RS_E_DIRTY: u32 = 17;
 
 // The header's numbers are literals; they are those of the crate.

@@ -167,8 +167,9 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// qcow2: for an image that stores no backing format, which is otherwise
 /// refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
 /// QEMU: a read-write open of an image whose dirty bit is set rebuilds its
-/// refcounts, in time proportional to the image; off: QCOW2RS_E_DIRTY; this
-/// build refuses such an open with -ENOTSUP, be it on or off),
+/// refcounts, in time proportional to the image, or fails with
+/// QCOW2RS_E_CORRUPT, nothing changed, where that cannot be; off:
+/// QCOW2RS_E_DIRTY),
 /// "allow-qcow2-magic" (on|off, default off: see set_format),
 /// "max-chain-depth" (images below this one, default 200),
 /// "max-metadata-size" (default 1G: for the whole chain, caches included; the
@@ -177,7 +178,7 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// O_DIRECT for the images below, default as this one's, so that many disks can
 /// share one base's page cache).  Accepted, with nothing to change:
 /// "cache-clean-interval" (there is no thread that would clean; the caches keep
-/// to their sizes), "lazy-refcounts" (refcounts are never left stale),
+/// to their sizes),
 /// "overlap-check" (the check is always on, for what "cached" means; "all" adds
 /// nothing).
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's

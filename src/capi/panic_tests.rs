@@ -186,6 +186,9 @@ unsafe fn refuses_everything(image: *mut qcow2rs_image) {
         check_panicked(qcow2rs_get_ref(image, kind, &mut name, &mut length, ptr::null_mut()));
         check_panicked(qcow2rs_invalidate(image));
         check_panicked(qcow2rs_reopen(image, 0));
+        let mut found = qcow2rs_check_result::default();
+        let (size, none) = (size_of::<qcow2rs_check_result>(), ptr::null_mut());
+        check_panicked(qcow2rs_check(image, 0, &mut found, size, None, None, none));
     }
 }
 

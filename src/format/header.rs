@@ -201,11 +201,6 @@ impl Header {
                  read-only",
             ));
         }
-        if self.dirty() {
-            return Err(unsupported(
-                "the image was not closed cleanly: repair it with `qemu-img check -r all`",
-            ));
-        }
         let tables = [
             ("L1 table", self.l1_offset, self.l1_size),
             ("refcount table", self.reftable_offset, self.reftable_clusters),

@@ -7,7 +7,6 @@ use super::disk::{Disk, Layer};
 use super::options::Format;
 use super::qcow2::Qcow2;
 use crate::error::{Error, Result};
-use crate::format::header::incompatible::CORRUPT;
 
 /// What an open image is. Sizes are in bytes.
 #[derive(Clone, Debug)]
@@ -105,7 +104,6 @@ impl Qcow2 {
     fn info(&self) -> Qcow2Info {
         let header = &self.header;
         let geometry = self.geometry();
-        let corrupt = self.writing.as_ref().is_some_and(|w| w.allocator.health.is_corrupt());
         Qcow2Info {
             version: header.version,
             cluster_size: geometry.cluster_size() as u32,
@@ -115,7 +113,7 @@ impl Qcow2 {
             compression_type: u32::from(header.compression),
             snapshot_count: header.snapshot_count,
             bitmap_count: header.extensions.bitmaps.as_ref().map_or(0, |ext| ext.count),
-            incompatible: header.incompatible | if corrupt { CORRUPT } else { 0 },
+            incompatible: self.incompatible(),
             compatible: header.compatible,
             autoclear: header.autoclear,
             crypt_method: header.crypt_method,

@@ -9,34 +9,28 @@ use std::sync::atomic::AtomicU64;
 
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
+use super::open_writable::begin_writing;
 use super::options::{Format, OpenOptions, Reference, ReferenceKind};
-use super::qcow2::{L1Table, Qcow2, Writing, words_of};
-use super::snapshot_table::read_snapshots;
-use crate::alloc::allocator::Allocator;
+use super::qcow2::{L1Table, Qcow2};
 use crate::alloc::health::Health;
-use crate::alloc::overlap::{Metadata, OverlapIndex};
-use crate::alloc::refcounts::{Refcounts, Table};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, MAGIC};
 use crate::format::l2::L2Format;
-use crate::format::limits::OFFSET_MASK;
-use crate::format::refcount::RefcountWidth;
 use crate::geometry::Geometry;
-use crate::io::engine::{Engine, Piece, Target};
+use crate::io::engine::Engine;
 use crate::io::storage::{Access, Source, Storage};
 use crate::metadata::cache::SliceCache;
-use crate::sys::memory::Block;
+use crate::metadata::tables::{read, read_table};
 
 /// L2 slices, unless the options say otherwise.
 const L2_CACHE_BYTES: u64 = 32 << 20;
 const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 
 /// Memory for metadata that the options still allow.
-struct Budget(u64);
+pub(super) struct Budget(pub u64);
 
 impl Budget {
-    fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
+    pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
             Error::new(
                 ErrorKind::Limit,
@@ -134,9 +128,9 @@ impl Disk {
             .await;
             layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
         }
-        // The chain is there: nothing is refused any more.
-        if let Some(Layer::Qcow2(image)) = layers.first_mut() {
-            clear_unknown_autoclear(engine, image).await?;
+        // The chain is there: nothing is refused any more but for the image itself.
+        if let (Some(Layer::Qcow2(image)), true) = (layers.first_mut(), will_write(options)) {
+            begin_writing(engine, image, options, &mut budget).await?;
         }
         Ok(Disk {
             layers,
@@ -180,6 +174,7 @@ fn below(options: &OpenOptions, format: Format) -> OpenOptions {
         l2_cache_entry_size: None,
         no_backing: false,
         check_only: false,
+        lazy_refcounts: None,
         ..options.clone()
     }
 }
@@ -256,7 +251,7 @@ async fn open_layer<E: Engine>(
             Ok(Layer::Raw(Box::new(Raw { storage, size: length, health: Health::default() })))
         }
         Format::Qcow2 => {
-            let image = open_qcow2(engine, storage, &first, length, options, budget).await?;
+            let image = open_qcow2(engine, storage, &first, options, budget).await?;
             Ok(Layer::Qcow2(Box::new(image)))
         }
     }
@@ -276,7 +271,6 @@ async fn open_qcow2<E: Engine>(
     engine: &E,
     storage: Storage,
     first: &[u8],
-    length: u64,
     options: &OpenOptions,
     budget: &mut Budget,
 ) -> Result<Qcow2> {
@@ -290,12 +284,19 @@ async fn open_qcow2<E: Engine>(
     if !options.check_only {
         header.unsupported(options.writable).map_err(in_image)?;
     }
+    if will_write(options) && header.dirty() && !options.repair_dirty {
+        return Err(in_image(Error::new(
+            ErrorKind::Dirty,
+            "the image was not closed cleanly, and \"repair-dirty\" is off: turn it on, open the \
+             image read-only, or repair it with `qemu-img check -r all`",
+        )));
+    }
     let geometry = header.geometry;
     let l2 = reserve(&header, options, budget, storage.name())?;
     let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
     let l1 = L1Table::new(table.into_iter());
 
-    let mut image = Qcow2 {
+    Ok(Qcow2 {
         storage,
         format: L2Format { geometry, version: header.version },
         size: header.virtual_size(),
@@ -304,12 +305,12 @@ async fn open_qcow2<E: Engine>(
         l2,
         writing: None,
         misses: AtomicU64::new(0),
-    };
-    if options.writable && !options.check_only {
-        let writing = open_for_writing(engine, &image, length, options, budget).await?;
-        image.writing = Some(writing);
-    }
-    Ok(image)
+    })
+}
+
+/// Whether the image is going to be written.
+fn will_write(options: &OpenOptions) -> bool {
+    options.writable && !options.check_only
 }
 
 /// Entries of the L1 table to read. CHECK_ONLY tolerates any damage: nothing but
@@ -345,22 +346,25 @@ fn reserve(
 ) -> Result<SliceCache> {
     let size = header.virtual_size();
     check_size(size, options, name)?;
+    if options.lazy_refcounts == Some(true) && header.version < 3 {
+        return Err(Error::invalid(format!("{name}: lazy refcounts need version 3 (compat=1.1)")));
+    }
     budget.take(header.extra_bytes(), "what is in the header", name)?;
     budget.take(l1_size(header, options) as u64 * 8, "the L1 table", name)?;
     let mapped = if options.check_only { 0 } else { size };
     let l2 = l2_cache(header.geometry, mapped, options, budget, name)?;
-    if options.writable && !options.check_only {
+    if will_write(options) {
         let bytes = reftable_bytes(header) + refcount_cache(options);
         budget.take(bytes, "the refcount table and its cache", name)?;
     }
     Ok(l2)
 }
 
-fn reftable_bytes(header: &Header) -> u64 {
+pub(super) fn reftable_bytes(header: &Header) -> u64 {
     u64::from(header.reftable_clusters) * header.geometry.cluster_size()
 }
 
-fn refcount_cache(options: &OpenOptions) -> u64 {
+pub(super) fn refcount_cache(options: &OpenOptions) -> u64 {
     options.refcount_cache_size.unwrap_or(REFCOUNT_CACHE_BYTES)
 }
 
@@ -392,181 +396,4 @@ fn l2_cache(
     let capacity = asked.unwrap_or(L2_CACHE_BYTES.min(budget.0 / 8)).min(covering).max(2 * slice);
     budget.take(capacity, "a cache of L2 slices", name)?;
     Ok(SliceCache::new(slice as usize, capacity))
-}
-
-async fn open_for_writing<E: Engine>(
-    engine: &E,
-    image: &Qcow2,
-    length: u64,
-    options: &OpenOptions,
-    budget: &mut Budget,
-) -> Result<Writing> {
-    let Qcow2 { storage, header, .. } = image;
-    let geometry = header.geometry;
-    refuse_enabled_bitmaps(engine, storage, header, budget).await?;
-    let offset = header.reftable_offset;
-    let entries = read_table(engine, storage, offset, reftable_bytes(header) as usize / 8).await?;
-    let table = Table { entries, offset };
-    let overlap = Arc::new(index_metadata(engine, image, &table, budget).await?);
-    let health = Arc::new(Health::default());
-    let width = RefcountWidth::new(header.refcount_order)?;
-    let refcounts =
-        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone());
-    Ok(Writing {
-        allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
-        claims: Default::default(),
-        flushing: crate::io::wait::AsyncMutex::new(()),
-        flushes_begun: AtomicU64::new(0),
-        flushes_done: AtomicU64::new(0),
-        needs_sync: Default::default(),
-        punch: options.discard,
-        discard_keeps: options.discard_no_unref,
-        cow_bytes: AtomicU64::new(0),
-    })
-}
-
-/// Where the image's metadata is. `Corrupt` where a refcount block counts twice:
-/// no driver can keep such counts right.
-async fn index_metadata<E: Engine>(
-    engine: &E,
-    image: &Qcow2,
-    table: &Table,
-    budget: &mut Budget,
-) -> Result<OverlapIndex> {
-    let Qcow2 { storage, header, l1, .. } = image;
-    let size = header.geometry.cluster_size();
-    let tables = l1.iter().filter(|entry| entry & OFFSET_MASK != 0).count();
-    let blocks: Vec<u64> = table
-        .entries
-        .iter()
-        .map(|entry| entry & OFFSET_MASK)
-        .filter(|offset| *offset != 0)
-        .collect();
-    let room = image.l1.len() + blocks.len();
-    budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
-    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
-    index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
-    index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
-    for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {
-        index.add(entry & OFFSET_MASK, size, Metadata::L2);
-    }
-    let mut sorted = blocks;
-    sorted.sort_unstable();
-    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(Error::corrupt(format!(
-            "{}: the refcount table names the block at {:#x} twice (repair: qemu-img check -r all)",
-            storage.name(),
-            twice[0]
-        )));
-    }
-    for offset in sorted {
-        index.add(offset, size, Metadata::RefcountBlock);
-    }
-    if let Some(bitmaps) = &header.extensions.bitmaps {
-        index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
-    }
-    index_snapshots(engine, image, &index, budget)
-        .await
-        .map_err(|error| error.context(storage.name().to_owned()))?;
-    Ok(index)
-}
-
-/// The snapshot table, and the L1 tables that it names.
-async fn index_snapshots<E: Engine>(
-    engine: &E,
-    image: &Qcow2,
-    index: &OverlapIndex,
-    budget: &mut Budget,
-) -> Result<()> {
-    let Qcow2 { storage, header, .. } = image;
-    let bytes = read_snapshots(engine, storage, header, |snapshot| {
-        snapshot.check_l1_limits()?;
-        let bytes = u64::from(snapshot.l1_size) * 8;
-        let clusters = header.geometry.clusters_for(bytes) + 1;
-        let room = OverlapIndex::bytes_for(clusters);
-        budget.take(room, "the index of the snapshots' L1 tables", storage.name())?;
-        index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
-        Ok(())
-    });
-    index.add(header.snapshots_offset, bytes.await?, Metadata::SnapshotTable);
-    Ok(())
-}
-
-/// Bitmaps that record writes would go stale: this build does not keep them.
-async fn refuse_enabled_bitmaps<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    header: &Header,
-    budget: &mut Budget,
-) -> Result<()> {
-    let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
-    if bitmaps.directory_size > u64::from(bitmaps.count) * bitmap::LONGEST_ENTRY {
-        let text = format!("{}: the bitmap directory is longer than its entries", storage.name());
-        return Err(Error::corrupt(text));
-    }
-    // It is there twice while it is read.
-    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage.name())?;
-    let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
-    let entries = parse_directory(&bytes.await?, bitmaps.count)
-        .map_err(|error| error.context(storage.name().to_owned()))?;
-    if let Some(enabled) = entries.iter().find(|entry| entry.flags & bitmap::AUTO != 0) {
-        return Err(Error::new(
-            ErrorKind::UnsupportedFeature,
-            format!(
-                "{}: the persistent bitmap {:?} records writes, which this build cannot do: \
-                 disable it (qemu-img bitmap --disable)",
-                storage.name(),
-                String::from_utf8_lossy(&enabled.name)
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Autoclear bits say that something is still true that a writer who does not know
-/// them may break: on an image open for writing they go before all else is written.
-async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
-    const AUTOCLEAR_AT: u64 = 88;
-    let unknown = image.header.unknown_autoclear();
-    if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
-        return Ok(());
-    }
-    image.header.autoclear &= !unknown;
-    let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
-    image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
-    image.storage.sync(engine).await
-}
-
-/// Reads a table of 8-byte entries, in pieces, so that hardly more memory is taken
-/// than it needs in the end.
-async fn read_table<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    offset: u64,
-    entries: usize,
-) -> Result<Vec<u64>> {
-    const PIECE: usize = 128 << 10;
-    let mut table = Vec::with_capacity(entries);
-    while table.len() < entries {
-        let count = PIECE.min(entries - table.len());
-        let at = offset + table.len() as u64 * 8;
-        table.extend(words_of(&read(engine, storage, at, count * 8).await?));
-    }
-    Ok(table)
-}
-
-/// Reads metadata; what lies past the end of the file is zero.
-pub(crate) async fn read<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    offset: u64,
-    bytes: usize,
-) -> Result<Vec<u8>> {
-    if bytes == 0 {
-        return Ok(Vec::new());
-    }
-    let block = Block::zeroed(bytes)?;
-    let all = block.slice(0, bytes);
-    storage.read(engine, Target::Block(all.clone()), offset).await?;
-    Ok(all.to_vec())
 }

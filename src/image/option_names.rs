@@ -31,7 +31,7 @@ impl OpenOptions {
     /// | l2-cache-entry-size | size | bytes of a slice: a power of two, 512 to the cluster size |
     /// | refcount-cache-size | size | bytes for refcount blocks |
     /// | cache-clean-interval | seconds | accepted; the library has no thread that would clean, and its caches are bounded by their sizes |
-    /// | lazy-refcounts | on, off | accepted; refcounts are always written in order, so that a crash leaves no dirty image either way |
+    /// | lazy-refcounts | on, off | refcounts are written at close, and rebuilt after a crash; default: as the image says |
     /// | overlap-check | none, constant, cached, all | accepted; the check cannot be turned down: it always covers what "cached" does, and the tables of snapshots' L2 ("inactive-l2") never |
     /// | overlap-check.template | as above | as above |
     /// | overlap-check.KIND | on, off | as above, for one kind of metadata |
@@ -39,7 +39,7 @@ impl OpenOptions {
     /// | discard-no-unref | on, off | whether a discard keeps the host cluster |
     /// | backing-format | raw, qcow2 | of a backing file whose image stores no format |
     /// | backing-direct | on, off | O_DIRECT for the images below |
-    /// | repair-dirty | on, off | whether a dirty image is repaired when it is opened for writing |
+    /// | repair-dirty | on, off | whether the refcounts of a dirty image are rebuilt when it is opened for writing; off: `Dirty` |
     /// | allow-qcow2-magic | on, off | open as raw, for writing, what starts with the qcow2 magic |
     /// | max-chain-depth | number | images below this one |
     /// | max-metadata-size | size | bytes of metadata in memory, for the whole chain |
@@ -58,9 +58,7 @@ impl OpenOptions {
             "cache-clean-interval" => {
                 number(name, value, u64::from(u32::MAX))?;
             }
-            "lazy-refcounts" => {
-                switch(name, value)?;
-            }
+            "lazy-refcounts" => self.lazy_refcounts = Some(switch(name, value)?),
             "overlap-check" | "overlap-check.template" => {
                 if !TEMPLATES.contains(&value) {
                     return Err(bad_value(name, value, "it is none, constant, cached or all"));
@@ -157,6 +155,7 @@ mod tests {
             ("discard-no-unref", "on"),
             ("backing-format", "raw"),
             ("backing-direct", "off"),
+            ("lazy-refcounts", "on"),
             ("repair-dirty", "off"),
             ("allow-qcow2-magic", "on"),
             ("max-chain-depth", "3"),
@@ -172,6 +171,7 @@ mod tests {
         assert!(!options.discard && options.discard_no_unref);
         assert_eq!(options.backing_format, Some(Format::Raw));
         assert_eq!(options.backing_direct, Some(false));
+        assert_eq!(options.lazy_refcounts, Some(true));
         assert!(!options.repair_dirty && options.allow_qcow2_magic);
         assert_eq!(options.max_chain_depth, 3);
         assert_eq!(options.max_metadata_size, 64 << 20);
@@ -185,7 +185,6 @@ mod tests {
         for (name, value) in [
             ("cache-clean-interval", "0"),
             ("cache-clean-interval", "600"),
-            ("lazy-refcounts", "on"),
             ("overlap-check", "none"),
             ("overlap-check", "all"),
             ("overlap-check.template", "constant"),

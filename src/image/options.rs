@@ -115,7 +115,7 @@ pub struct OpenOptions {
     pub no_flush: bool,
     /// This layer only.
     pub no_backing: bool,
-    /// Tolerate damage; only info is allowed.
+    /// Tolerate damage; only info and check are allowed.
     pub check_only: bool,
     /// Give the space of freed clusters back to the file system.
     pub discard: bool,
@@ -143,6 +143,9 @@ pub struct OpenOptions {
     pub max_metadata_size: u64,
     /// A larger virtual disk is refused.
     pub max_virtual_size: u64,
+    /// Leave refcounts to the close, and to a repair after a crash; `None`: as the
+    /// image says. Not with version 2.
+    pub lazy_refcounts: Option<bool>,
     /// Whether a dirty image may be repaired at a read-write open.
     pub repair_dirty: bool,
     /// What to do with files that the image names.
@@ -172,6 +175,7 @@ impl Default for OpenOptions {
             max_chain_depth: 200,
             max_metadata_size: 1 << 30,
             max_virtual_size: u64::MAX,
+            lazy_refcounts: None,
             repair_dirty: true,
             policy: Policy::Deny,
         }

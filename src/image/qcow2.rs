@@ -6,18 +6,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::claims::Claims;
+use super::feature_bits::FeatureBits;
 use crate::alloc::allocator::Allocator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::Compressed;
-use crate::format::header::{Header, incompatible};
+use crate::format::header::Header;
 use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
 use crate::format::limits::OFFSET_MASK;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::{Geometry, GuestCluster, GuestOffset, HostOffset};
-use crate::io::engine::{Engine, Piece, Target};
+use crate::io::engine::{Engine, Target};
 use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
 use crate::metadata::cache::{Loaded, SliceCache, SliceMut};
+use crate::metadata::tables::words_of;
 use crate::sys::memory::Block;
 
 /// An open qcow2 image, without what is below it.
@@ -54,6 +56,11 @@ pub struct Writing {
     pub flushes_done: AtomicU64,
     /// Something was written that no sync has covered yet.
     pub needs_sync: AtomicBool,
+    /// The header's feature bits that change.
+    pub features: FeatureBits,
+    /// Refcounts need not be written before what they count is referred to: the
+    /// dirty bit is, instead.
+    pub lazy: bool,
     /// Whether the space of what is freed is given back.
     pub punch: bool,
     /// Discards keep their host clusters.
@@ -434,35 +441,6 @@ impl Qcow2 {
             }
         }
     }
-
-    /// If the error tells of corruption: no more writes, and the image says so on
-    /// disk (where its version can), so that nobody else writes to it either.
-    pub async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
-        let Some(writing) = &self.writing else { return error };
-        if error.kind() != ErrorKind::Corrupt || !writing.allocator.health.set_corrupt() {
-            return error;
-        }
-        crate::log::emit(crate::log::ERROR, "image", || {
-            format!("{}: marked as corrupt: {error}", self.storage.name())
-        });
-        if self.format.version >= 3 {
-            let bits = self.header.incompatible | incompatible::CORRUPT;
-            // The error that led here matters more than one from writing it down.
-            if let Ok(block) = Block::from_bytes(&bits.to_be_bytes()) {
-                let piece = [Piece::Block(block.slice(0, 8))];
-                let at = Header::INCOMPATIBLE_AT;
-                if self.storage.write(engine, &piece, at).await.is_ok() {
-                    let _ = writing.allocator.barrier(engine, &self.storage).await;
-                }
-            }
-        }
-        error
-    }
-}
-
-/// The words of a table as it is stored.
-pub fn words_of(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|chunk| chunk.iter().fold(0, |word, b| word << 8 | u64::from(*b)))
 }
 
 fn entry_in(slice: &SliceMut<'_>, index: usize, words: usize) -> L2Entry {

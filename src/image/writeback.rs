@@ -7,6 +7,10 @@
 //!     -> freed clusters leave limbo, their refcounts are lowered
 //! ```
 //!
+//! With lazy refcounts the dirty bit stands in for the raised refcounts: it is
+//! durable before any pointer, and goes when the image is settled, after the
+//! refcounts are durable.
+//!
 //! Nothing durable ever points to what is not: the copies of what is dirty are
 //! taken *before* the first sync, so each pointer in them is to data that was
 //! written before. Nothing is reused before every pointer to it is durably gone.
@@ -132,7 +136,9 @@ impl Qcow2 {
         pass: &mut Pass<'_>,
     ) -> Result<()> {
         let allocator = &writing.allocator;
-        if pass.has_pointers() {
+        if pass.has_pointers() && writing.lazy {
+            self.mark_dirty(engine, writing).await?;
+        } else if pass.has_pointers() {
             allocator.refcounts.write_back(engine, &self.storage).await?;
         }
         allocator.barrier(engine, &self.storage).await?;
@@ -210,9 +216,14 @@ impl Qcow2 {
         let allocator = &writing.allocator;
         allocator.release_ready(engine, &self.storage).await?;
         let needed = allocator.give_back_all(engine, &self.storage).await?;
-        if allocator.refcounts.is_dirty() {
+        let dirty = writing.features.dirty();
+        if allocator.refcounts.is_dirty() || dirty {
             allocator.refcounts.write_back(engine, &self.storage).await?;
+            // Some may have been written before, to make room, and not synced yet.
             allocator.barrier(engine, &self.storage).await?;
+        }
+        if dirty {
+            self.mark_clean(engine, writing).await?;
         }
         if let Some(length) = needed {
             // Everything is durable; whether the file becomes shorter is a detail that

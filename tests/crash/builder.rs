@@ -17,6 +17,8 @@ pub struct Kind {
     pub snapshot: bool,
     /// With so long an L1 table that hardly more clusters can be counted.
     pub crowded: bool,
+    /// With lazy refcounts.
+    pub lazy: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -232,6 +234,7 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
     let mut end = 72;
     if kind.version > 2 {
         image.put64(72, u64::from(kind.extended_l2) << 4);
+        image.put64(80, kind.lazy.into());
         image.put32(96, kind.refcount_bits.trailing_zeros().into());
         image.put32(100, 104);
         end = 104;

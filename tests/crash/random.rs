@@ -51,6 +51,7 @@ pub const SMALL: Kind = Kind {
     backing: false,
     snapshot: false,
     crowded: false,
+    lazy: false,
 };
 
 pub fn config(kind: Kind) -> Config {
@@ -104,6 +105,21 @@ fn random_requests_survive_crashes_in_direct_mode() {
     let sectors = configs().into_iter().map(direct(512));
     let blocks = configs().into_iter().map(direct(4096));
     run(1, &sectors.chain(blocks).collect::<Vec<_>>());
+}
+
+/// Refcounts may lag behind while the dirty bit is set, and only then; opening the
+/// image again makes all of them right.
+#[test]
+fn lazy_refcounts_survive_crashes() {
+    let with = |faults, give_up| {
+        move |kind| Config { faults, give_up, ..config(Kind { lazy: true, ..kind }) }
+    };
+    let kinds: Vec<Kind> = kinds().into_iter().filter(|kind| kind.version > 2).collect();
+    let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
+    let some = || kinds.iter().copied().step_by(2).chain([crowded]);
+    let few = || kinds.iter().copied().step_by(4);
+    let all = some().map(with(false, false)).chain(few().map(with(true, false)));
+    run(5, &all.chain(few().map(with(false, true))).collect::<Vec<_>>());
 }
 
 #[test]

@@ -19,7 +19,7 @@ use qcow2rs::{
 
 use super::builder::{Cluster, Kind, build};
 use super::imagecheck;
-use super::layout::{Header, ReadAt, read_guest};
+use super::layout::{DIRTY, Header, ReadAt, read_guest};
 use super::oracle::{Change, Oracle, SECTOR, Word, fill, word};
 use super::qemu;
 
@@ -268,6 +268,9 @@ impl Life<'_> {
         if !faults.is_empty() {
             return Err(format!("{when}: {faults:#?}"));
         }
+        if report.dirty && !self.config().kind.lazy {
+            return Err(format!("{when}: the image is marked dirty"));
+        }
         let every = self.scenario.qemu_every.get();
         if every > 0 && self.rng.borrow_mut().chance(1, every) {
             let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
@@ -277,20 +280,36 @@ impl Life<'_> {
                 None => Ok(()),
             });
             dumped.map_err(|error| error.to_string())?;
+            if report.dirty {
+                qemu::repair(&path);
+            }
             let (verdict, said) = qemu::check(&path);
-            if (verdict.corruptions, verdict.errors, verdict.leaks) != (0, 0, report.leaks_inside) {
+            let leaks = if report.dirty { 0 } else { report.leaks_inside };
+            if (verdict.corruptions, verdict.errors, verdict.leaks) != (0, 0, leaks) {
                 return Err(format!("{when}: {report:#?}, but qemu-img check: {said}"));
             }
         }
         Ok(report.leaks)
     }
 
+    /// Whether the image says that its refcounts may be stale.
+    fn is_dirty(&self) -> bool {
+        Header::read(&*self.file()).is_ok_and(|header| header.incompatible & DIRTY != 0)
+    }
+
     fn pass(&self) -> Result<(), Trouble> {
-        let leaks = self.check("at open")?;
+        let mut leaks = self.check("at open")?;
+        let dirty = self.is_dirty();
         let Some(image) = self.run_one("open", open(&self.disk, self.config()))? else {
             return Ok(());
         };
         let image = image.map_err(|error| format!("opening: {error:?}"))?;
+        if dirty {
+            leaks = self.check("after repair")?;
+            if self.is_dirty() || !leaks.is_empty() {
+                return Err(format!("repaired, but for {leaks:#x?}").into());
+            }
+        }
         let Some(found) = self.run_one("verify", self.read_all(&image))? else { return Ok(()) };
         let words = self.oracle.borrow().after_crash(&found?)?;
         self.second_opinion(&words)?;
@@ -323,6 +342,9 @@ impl Life<'_> {
             Err(error) => return Err(format!("closing: {error:?}").into()),
         }
         let left: Vec<u64> = self.check("after close")?;
+        if self.is_dirty() {
+            return Err("dirty after close".to_owned().into());
+        }
         let new: Vec<&u64> = left.iter().filter(|cluster| !leaks.contains(cluster)).collect();
         let may_leak = self.faulty.get() || self.config().give_up;
         if !new.is_empty() && !may_leak {

@@ -234,7 +234,7 @@ fn an_image_that_is_refused_is_not_changed() {
     // Another driver rewrote the header before it looked at the features.
     let scratch = Scratch::new();
     let path = made(&scratch, "", 1 << 20, &[]);
-    for (incompatible, crypt) in [(1 << 40, 0), (1 << 2, 0), (1, 0), (0, 1)] {
+    for (incompatible, crypt) in [(1 << 40, 0), (1 << 2, 0), (1 << 2 | 1, 0), (0, 1)] {
         let before = Dissected::patch(&path, |image| {
             image.put64(field::AUTOCLEAR, 1 << 60);
             image.put64(field::INCOMPATIBLE, incompatible);

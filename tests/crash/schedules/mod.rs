@@ -9,6 +9,7 @@ mod scene;
 mod cancel;
 mod durability;
 mod exhaustion;
+mod lazy;
 mod races;
 mod zeroes;
 

@@ -266,6 +266,11 @@ impl Scene {
         (crash, self.disk.crash(crash, rng.next_u64()))
     }
 
+    /// What is left after a crash now.
+    pub fn after_crash(&self) -> SimDisk {
+        self.draw().1
+    }
+
     /// Crashes now, and looks at what is left with other code than the driver's.
     pub fn crash_quick(&self) {
         let (crash, after) = self.draw();

@@ -23,7 +23,7 @@ pub struct Blocks {
 }
 
 /// The block that counts a cluster.
-enum Block {
+pub(super) enum Block {
     /// There is none: all counts are zero.
     None,
     /// It cannot be: its place is not that of a cluster, or reading it failed.
@@ -41,7 +41,24 @@ impl Blocks {
         Ok(Blocks { table, width, per_block, failed: BTreeSet::new(), last: None })
     }
 
-    fn block(&self, index: u64, cluster_size: u64) -> Block {
+    /// Clusters that a block counts.
+    pub(super) fn per_block(&self) -> u64 {
+        self.per_block
+    }
+
+    /// Entries of the table.
+    pub(super) fn entries(&self) -> u64 {
+        self.table.len() as u64
+    }
+
+    /// Names a block in the table in memory; false where the table has no such entry.
+    pub(super) fn set(&mut self, index: u64, offset: u64) -> bool {
+        let entry = usize::try_from(index).ok().and_then(|index| self.table.get_mut(index));
+        entry.map(|entry| *entry = offset).is_some()
+    }
+
+    /// What an entry of the table names.
+    pub(super) fn block(&self, index: u64, cluster_size: u64) -> Block {
         let entry = usize::try_from(index).ok().and_then(|index| self.table.get(index));
         match entry.map_or(0, |entry| entry & !RESERVED) {
             0 => Block::None,
@@ -68,19 +85,19 @@ impl<E: Engine> Check<'_, E> {
             let offset = entry & !RESERVED;
             if entry & RESERVED != 0 {
                 let text = format!("refcount table entry {index} has reserved bits set");
-                self.corrupt(at, text, 1);
+                self.uncounted(at, text, 1);
             } else if self.geometry.in_cluster(offset) != 0 {
                 let text = format!("refcount block {index} is not aligned to a cluster");
-                self.corrupt(offset, text, 1);
+                self.uncounted(offset, text, 1);
             } else if offset >> bits >= self.clusters() {
                 let text = format!("refcount block {index} lies past the end of the file");
-                self.corrupt(offset, text, 1);
+                self.uncounted(offset, text, 1);
             } else {
                 self.refer("a refcount block", offset, self.geometry.cluster_size(), 1)?;
                 let references = self.references.get(offset >> bits);
                 if references != 1 {
                     let text = format!("refcount block {index} has {references} references");
-                    self.corrupt(offset, text, 1);
+                    self.uncounted(offset, text, 1);
                 }
             }
         }
@@ -152,7 +169,8 @@ impl<E: Engine> Check<'_, E> {
         let block = blocks.block(index, size);
         let Block::At(offset) = block else { return block };
         if blocks.last.as_ref().is_none_or(|(at, _)| *at != offset) {
-            let read = crate::image::open::read(self.engine, self.storage, offset, size as usize);
+            let read =
+                crate::metadata::tables::read(self.engine, self.storage, offset, size as usize);
             match read.await {
                 Ok(bytes) => blocks.last = Some((offset, bytes)),
                 Err(_) => {

@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use super::Check;
 use super::counts::Blocks;
-use super::{Check, word};
 use crate::error::Result;
 use crate::format::compressed;
 use crate::format::l2::{COMPRESSED, COPIED, ZERO};
 use crate::format::limits::OFFSET_MASK;
 use crate::io::engine::Engine;
+use crate::metadata::tables::words_of;
 
 /// Bits of an L1 entry that must be zero.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -43,8 +44,8 @@ enum Kind {
 }
 
 /// One L2 entry.
-#[derive(Clone, Copy)]
-struct Entry {
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Entry {
     descriptor: u64,
     bitmap: u64,
     extended: bool,
@@ -52,8 +53,27 @@ struct Entry {
 }
 
 impl Entry {
-    fn offset(self) -> u64 {
+    pub(super) fn offset(self) -> u64 {
         self.descriptor & OFFSET_MASK
+    }
+
+    pub(super) fn descriptor(self) -> u64 {
+        self.descriptor
+    }
+
+    pub(super) fn with_descriptor(self, descriptor: u64) -> Entry {
+        Entry { descriptor, ..self }
+    }
+
+    /// As it lies in the table.
+    pub(super) fn bytes(self) -> impl Iterator<Item = u8> {
+        let second = self.extended.then(|| self.bitmap.to_be_bytes());
+        self.descriptor.to_be_bytes().into_iter().chain(second.into_iter().flatten())
+    }
+
+    /// Whether it has a host cluster that is not compressed.
+    pub(super) fn is_standard(self) -> bool {
+        matches!(self.kind(), Kind::Standard)
     }
 
     fn kind(self) -> Kind {
@@ -126,15 +146,18 @@ impl<E: Engine> Check<'_, E> {
         Ok(())
     }
 
-    async fn l2_entries(&mut self, table: u64) -> Result<Vec<Entry>> {
+    pub(super) async fn l2_entries(&mut self, table: u64) -> Result<Vec<Entry>> {
         let geometry = self.geometry;
         let external = self.header.external_data_file();
         let bytes = self.read(table, geometry.cluster_size()).await?;
-        let entries = bytes.chunks_exact(geometry.l2_entry_size() as usize).map(|entry| Entry {
-            descriptor: word(entry),
-            bitmap: entry.get(8..).map_or(0, word),
-            extended: geometry.extended_l2,
-            external,
+        let entries = bytes.chunks_exact(geometry.l2_entry_size() as usize).map(|entry| {
+            let mut words = words_of(entry);
+            Entry {
+                descriptor: words.next().unwrap_or(0),
+                bitmap: words.next().unwrap_or(0),
+                extended: geometry.extended_l2,
+                external,
+            }
         });
         Ok(entries.collect())
     }
@@ -161,10 +184,10 @@ impl<E: Engine> Check<'_, E> {
                 }
                 if external {
                     let text = wrong("is compressed, in an image with an external data file");
-                    self.corrupt(table, text, uses.all);
+                    self.uncounted(table, text, uses.all);
                 } else if bitmap != 0 {
                     let text = wrong("is compressed and has a subcluster bitmap");
-                    self.corrupt(table, text, uses.all);
+                    self.uncounted(table, text, uses.all);
                 } else {
                     let data = compressed::place(descriptor, self.geometry);
                     self.result.allocated_clusters += uses.active;
@@ -229,7 +252,7 @@ impl<E: Engine> Check<'_, E> {
 
     async fn copied_flags_of(&mut self, table: u64, times: u64, blocks: &mut Blocks) -> Result<()> {
         for entry in self.l2_entries(table).await? {
-            if !matches!(entry.kind(), Kind::Standard) {
+            if !entry.is_standard() {
                 continue;
             }
             let cluster = entry.offset() >> self.geometry.cluster_bits;

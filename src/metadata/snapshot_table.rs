@@ -1,7 +1,7 @@
 //! Reading the snapshot table from an image file, piece by piece: how long it is
 //! shows only as it is read.
 
-use super::open::read;
+use super::tables::read;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
 use crate::format::limits::{MAX_SNAPSHOT_EXTRA, MAX_SNAPSHOT_TABLE_BYTES};
@@ -11,7 +11,7 @@ use crate::io::storage::Storage;
 
 /// Hands on all entries, in order; returns the bytes of the table. `Corrupt` where
 /// an entry is malformed; whether the L1 tables can be is for the caller to see.
-pub(crate) async fn read_snapshots<E: Engine>(
+pub async fn read_snapshots<E: Engine>(
     engine: &E,
     storage: &Storage,
     header: &Header,

@@ -1,5 +1,5 @@
 //! Checking: everything in an image that refers to a cluster is counted, and compared
-//! with the image's refcounts. Nothing is changed.
+//! with the image's refcounts. Works on a storage and its header, with no image open.
 //!
 //! Findings and their numbers are those of `qemu-img check`, also where an image is
 //! so broken that other numbers would do as well. Unlike there, a table that is
@@ -7,16 +7,19 @@
 //! not read for each of them, and memory is bounded by the image's "max-metadata-size".
 //!
 //! This file knows the order of the check and what is counted besides clusters of
-//! data; `tables` knows L1 and L2 tables, `counts` compares with the refcounts.
+//! data; `tables` knows L1 and L2 tables, `counts` compares with the refcounts,
+//! `repair` makes them what they should be.
 
 mod counts;
 mod references;
+mod repair;
 mod tables;
 
 use std::collections::BTreeMap;
 
 use self::counts::Blocks;
 use self::references::References;
+pub use self::repair::repair;
 use self::tables::L2Uses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{self, BitmapCluster};
@@ -25,14 +28,10 @@ use crate::format::limits::MAX_L1_BYTES;
 use crate::format::refcount::RefcountWidth;
 use crate::format::snapshot::Snapshot;
 use crate::geometry::Geometry;
-use crate::image::disk::{Disk, Layer};
-use crate::image::handle::Image;
-use crate::image::open::read;
-use crate::image::snapshot_table::read_snapshots;
-use crate::io::blocking::Blocking;
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
-use crate::io::wait::block_on;
+use crate::metadata::snapshot_table::read_snapshots;
+use crate::metadata::tables::{read, words_of};
 
 /// What a check has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,43 +90,20 @@ pub trait Observer: Send {
 
 impl Observer for () {}
 
-impl Image {
-    /// Checks the image file itself, not those below it; a writable image is flushed
-    /// before, and what it holds ready for use is given back. Returns what was
-    /// found also if the check could not be completed.
-    ///
-    /// Errors: `NotSupported` for raw images, `Busy` if another call is in progress,
-    /// `Cancelled`, `Limit` ("max-metadata-size"), `Corrupt` where a table cannot be
-    /// understood at all, and those of reading and flushing.
-    pub fn check(&self, observer: &mut dyn Observer) -> (CheckResult, Result<()>) {
-        let mut result = CheckResult::default();
-        let outcome = self.alone(|disk| {
-            block_on(async {
-                disk.settle(&Blocking).await?;
-                disk.check(&Blocking, observer, &mut result).await
-            })
-        });
-        (result, outcome)
-    }
-}
-
-impl Disk {
-    /// As `Image::check`, while nothing else happens on a settled disk.
-    pub async fn check<E: Engine>(
-        &self,
-        engine: &E,
-        observer: &mut dyn Observer,
-        result: &mut CheckResult,
-    ) -> Result<()> {
-        let Some(Layer::Qcow2(image)) = self.layers.first() else {
-            return Err(Error::new(ErrorKind::NotSupported, "raw images have nothing to check"));
-        };
-        let memory = self.options.max_metadata_size;
-        let mut check = Check::new(engine, &image.storage, &image.header, memory, observer)?;
-        let outcome = check.run().await;
-        *result = check.result;
-        outcome.map_err(|error| error.context(format!("checking {}", image.storage.name())))
-    }
+/// Checks the image on a storage, while nobody writes to it. `memory`: how many
+/// bytes may be taken. `result` is right also if the check could not be completed.
+pub async fn check<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    header: &Header,
+    memory: u64,
+    observer: &mut dyn Observer,
+    result: &mut CheckResult,
+) -> Result<()> {
+    let mut check = Check::new(engine, storage, header, memory, observer)?;
+    let outcome = check.run().await;
+    *result = check.result;
+    outcome.map_err(|error| error.context(format!("checking {}", storage.name())))
 }
 
 /// A check under way.
@@ -140,6 +116,8 @@ struct Check<'a, E> {
     /// Bytes of the image file, in whole sectors.
     length: u64,
     references: References,
+    /// The first thing that refers to clusters and could not be counted.
+    uncounted: Option<String>,
     /// Memory for everything else, in bytes.
     memory: u64,
     result: CheckResult,
@@ -166,6 +144,7 @@ impl<'a, E: Engine> Check<'a, E> {
             width,
             length: storage.length()?.next_multiple_of(512),
             references: References::new(width.max(), memory / 2),
+            uncounted: None,
             memory: memory / 2,
             result: CheckResult { total_clusters, ..CheckResult::default() },
             observer,
@@ -175,6 +154,15 @@ impl<'a, E: Engine> Check<'a, E> {
     }
 
     async fn run(&mut self) -> Result<()> {
+        let uses = self.count().await?;
+        let mut blocks = Blocks::load(self).await?;
+        self.refcount_blocks(&blocks)?;
+        self.compare(&mut blocks).await?;
+        self.copied_flags(&uses, &mut blocks).await
+    }
+
+    /// Counts everything but the refcount blocks.
+    async fn count(&mut self) -> Result<L2Uses> {
         let (snapshots, table_bytes) = self.snapshots().await?;
         let mut uses = L2Uses::default();
         self.refer("the header", 0, self.geometry.cluster_size(), 1)?;
@@ -189,10 +177,7 @@ impl<'a, E: Engine> Check<'a, E> {
             self.refer("the encryption header", crypto.offset, crypto.length, 1)?;
         }
         self.bitmaps().await?;
-        let mut blocks = Blocks::load(self).await?;
-        self.refcount_blocks(&blocks)?;
-        self.compare(&mut blocks).await?;
-        self.copied_flags(&uses, &mut blocks).await
+        Ok(uses)
     }
 
     /// Takes memory off what may be used.
@@ -215,7 +200,7 @@ impl<'a, E: Engine> Check<'a, E> {
 
     async fn read_words(&mut self, offset: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(offset, count * 8).await?;
-        Ok(bytes.chunks_exact(8).map(word).collect())
+        Ok(words_of(&bytes).collect())
     }
 
     /// One more table or block has been looked at.
@@ -241,6 +226,12 @@ impl<'a, E: Engine> Check<'a, E> {
         self.tell(Severity::Corruption, host_offset, message, times);
     }
 
+    /// What is damaged in such a way that its references are not counted.
+    fn uncounted(&mut self, host_offset: u64, message: String, times: u64) {
+        self.uncounted.get_or_insert_with(|| message.clone());
+        self.corrupt(host_offset, message, times);
+    }
+
     fn unchecked(&mut self, host_offset: u64, message: String, times: u64) {
         self.result.check_errors += times;
         self.tell(Severity::Unchecked, host_offset, message, times);
@@ -260,7 +251,7 @@ impl<'a, E: Engine> Check<'a, E> {
         let end = offset.saturating_add(bytes);
         if end >= self.length.saturating_add(self.geometry.cluster_size()) {
             let text = format!("{what} ({bytes} bytes) lies past the end of the file");
-            self.corrupt(offset, text, times);
+            self.uncounted(offset, text, times);
             return Ok(());
         }
         let bits = self.geometry.cluster_bits;
@@ -268,7 +259,7 @@ impl<'a, E: Engine> Check<'a, E> {
             let lost = self.references.add(cluster, times)?;
             if lost > 0 {
                 let text = format!("cluster {cluster} has more references than a refcount counts");
-                self.corrupt(cluster << bits, text, lost);
+                self.uncounted(cluster << bits, text, lost);
             }
         }
         Ok(())
@@ -318,7 +309,7 @@ impl<'a, E: Engine> Check<'a, E> {
     async fn snapshot_l1s(&mut self, snapshots: &[Snapshot], uses: &mut L2Uses) -> Result<()> {
         if self.header.external_data_file() && !snapshots.is_empty() {
             let text = "an image with an external data file has snapshots".to_owned();
-            self.corrupt(self.header.snapshots_offset, text, 1);
+            self.uncounted(self.header.snapshots_offset, text, 1);
         }
         let mut tables = BTreeMap::new();
         for snapshot in snapshots {
@@ -326,10 +317,10 @@ impl<'a, E: Engine> Check<'a, E> {
             let bytes = u64::from(snapshot.l1_size) * 8;
             if self.geometry.in_cluster(snapshot.l1_offset) != 0 {
                 let text = format!("the L1 table of snapshot {name:?} is not aligned to a cluster");
-                self.corrupt(snapshot.l1_offset, text, 1);
+                self.uncounted(snapshot.l1_offset, text, 1);
             } else if bytes > MAX_L1_BYTES {
                 let text = format!("the L1 table of snapshot {name:?} is too large");
-                self.corrupt(snapshot.l1_offset, text, 1);
+                self.uncounted(snapshot.l1_offset, text, 1);
             } else {
                 *tables.entry((snapshot.l1_offset, snapshot.l1_size)).or_default() += 1;
             }
@@ -380,16 +371,11 @@ impl<'a, E: Engine> Check<'a, E> {
                         self.refer("a cluster of a bitmap", bits.get(), size, 1)?;
                     }
                     Ok(BitmapCluster::Zeros | BitmapCluster::Ones) => {}
-                    Err(error) => self.corrupt(at, error.message(), 1),
+                    Err(error) => self.uncounted(at, error.message(), 1),
                 }
             }
             self.step()?;
         }
         Ok(())
     }
-}
-
-/// A word as it lies in the file.
-fn word(bytes: &[u8]) -> u64 {
-    bytes.first_chunk().map_or(0, |word| u64::from_be_bytes(*word))
 }

@@ -1,0 +1,204 @@
+//! The steps from an image that is open to one that may be written: repaired if it
+//! was not closed cleanly, its metadata known, its refcounts at hand.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use super::feature_bits::{FeatureBits, write_word};
+use super::open::{Budget, refcount_cache, reftable_bytes};
+use super::options::OpenOptions;
+use super::qcow2::{L1Table, Qcow2, Writing};
+use crate::alloc::allocator::Allocator;
+use crate::alloc::health::Health;
+use crate::alloc::overlap::{Metadata, OverlapIndex};
+use crate::alloc::refcounts::{Refcounts, Table};
+use crate::check::repair;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bitmap::{self, parse_directory};
+use crate::format::header::{Header, incompatible};
+use crate::format::limits::OFFSET_MASK;
+use crate::format::refcount::RefcountWidth;
+use crate::io::engine::{Engine, Piece};
+use crate::io::storage::Storage;
+use crate::log;
+use crate::metadata::snapshot_table::read_snapshots;
+use crate::metadata::tables::{read, read_table};
+use crate::sys::memory::Block;
+
+/// Makes an image that is open ready for writing. Whatever can be refused is refused
+/// before anything is written.
+pub(super) async fn begin_writing<E: Engine>(
+    engine: &E,
+    image: &mut Qcow2,
+    options: &OpenOptions,
+    budget: &mut Budget,
+) -> Result<()> {
+    refuse_enabled_bitmaps(engine, &image.storage, &image.header, budget).await?;
+    if image.header.dirty() {
+        repair_dirty(engine, image, budget).await?;
+    }
+    image.writing = Some(open_for_writing(engine, image, options, budget).await?);
+    clear_unknown_autoclear(engine, image).await
+}
+
+/// Rebuilds the refcounts of an image that was not closed cleanly. The dirty bit goes
+/// last: a crash before that leaves an image that is repaired again.
+async fn repair_dirty<E: Engine>(engine: &E, image: &mut Qcow2, budget: &Budget) -> Result<()> {
+    let Qcow2 { storage, header, .. } = image;
+    let name = storage.name();
+    log::emit(log::WARN, "image", || {
+        format!("{name}: it was not closed cleanly, its refcounts are being rebuilt")
+    });
+    repair(engine, storage, header, budget.0).await?;
+    header.incompatible &= !incompatible::DIRTY;
+    write_word(engine, storage, header.incompatible).await?;
+    storage.sync(engine).await?;
+    // Flags in there may have changed.
+    let table = read_table(engine, storage, header.l1_offset, header.l1_size as usize).await?;
+    image.l1 = L1Table::new(table.into_iter());
+    Ok(())
+}
+
+async fn open_for_writing<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    options: &OpenOptions,
+    budget: &mut Budget,
+) -> Result<Writing> {
+    let Qcow2 { storage, header, .. } = image;
+    let geometry = header.geometry;
+    let length = storage.length()?;
+    let offset = header.reftable_offset;
+    let entries = read_table(engine, storage, offset, reftable_bytes(header) as usize / 8).await?;
+    let table = Table { entries, offset };
+    let overlap = Arc::new(index_metadata(engine, image, &table, budget).await?);
+    let health = Arc::new(Health::default());
+    let width = RefcountWidth::new(header.refcount_order)?;
+    let refcounts =
+        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone());
+    Ok(Writing {
+        allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
+        claims: Default::default(),
+        flushing: crate::io::wait::AsyncMutex::new(()),
+        flushes_begun: AtomicU64::new(0),
+        flushes_done: AtomicU64::new(0),
+        needs_sync: Default::default(),
+        features: FeatureBits::new(header.incompatible),
+        lazy: options.lazy_refcounts.unwrap_or(header.version >= 3 && header.lazy_refcounts()),
+        punch: options.discard,
+        discard_keeps: options.discard_no_unref,
+        cow_bytes: AtomicU64::new(0),
+    })
+}
+
+/// Where the image's metadata is. `Corrupt` where a refcount block counts twice:
+/// no driver can keep such counts right.
+async fn index_metadata<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    table: &Table,
+    budget: &mut Budget,
+) -> Result<OverlapIndex> {
+    let Qcow2 { storage, header, l1, .. } = image;
+    let size = header.geometry.cluster_size();
+    let tables = l1.iter().filter(|entry| entry & OFFSET_MASK != 0).count();
+    let blocks: Vec<u64> = table
+        .entries
+        .iter()
+        .map(|entry| entry & OFFSET_MASK)
+        .filter(|offset| *offset != 0)
+        .collect();
+    let room = image.l1.len() + blocks.len();
+    budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
+    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
+    index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
+    index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
+    for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {
+        index.add(entry & OFFSET_MASK, size, Metadata::L2);
+    }
+    let mut sorted = blocks;
+    sorted.sort_unstable();
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::corrupt(format!(
+            "{}: the refcount table names the block at {:#x} twice (repair: qemu-img check -r all)",
+            storage.name(),
+            twice[0]
+        )));
+    }
+    for offset in sorted {
+        index.add(offset, size, Metadata::RefcountBlock);
+    }
+    if let Some(bitmaps) = &header.extensions.bitmaps {
+        index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
+    }
+    index_snapshots(engine, image, &index, budget)
+        .await
+        .map_err(|error| error.context(storage.name().to_owned()))?;
+    Ok(index)
+}
+
+/// The snapshot table, and the L1 tables that it names.
+async fn index_snapshots<E: Engine>(
+    engine: &E,
+    image: &Qcow2,
+    index: &OverlapIndex,
+    budget: &mut Budget,
+) -> Result<()> {
+    let Qcow2 { storage, header, .. } = image;
+    let bytes = read_snapshots(engine, storage, header, |snapshot| {
+        snapshot.check_l1_limits()?;
+        let bytes = u64::from(snapshot.l1_size) * 8;
+        let clusters = header.geometry.clusters_for(bytes) + 1;
+        let room = OverlapIndex::bytes_for(clusters);
+        budget.take(room, "the index of the snapshots' L1 tables", storage.name())?;
+        index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
+        Ok(())
+    });
+    index.add(header.snapshots_offset, bytes.await?, Metadata::SnapshotTable);
+    Ok(())
+}
+
+/// Bitmaps that record writes would go stale: this build does not keep them.
+async fn refuse_enabled_bitmaps<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    header: &Header,
+    budget: &mut Budget,
+) -> Result<()> {
+    let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
+    if bitmaps.directory_size > u64::from(bitmaps.count) * bitmap::LONGEST_ENTRY {
+        let text = format!("{}: the bitmap directory is longer than its entries", storage.name());
+        return Err(Error::corrupt(text));
+    }
+    // It is there twice while it is read.
+    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage.name())?;
+    let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
+    let entries = parse_directory(&bytes.await?, bitmaps.count)
+        .map_err(|error| error.context(storage.name().to_owned()))?;
+    if let Some(enabled) = entries.iter().find(|entry| entry.flags & bitmap::AUTO != 0) {
+        return Err(Error::new(
+            ErrorKind::UnsupportedFeature,
+            format!(
+                "{}: the persistent bitmap {:?} records writes, which this build cannot do: \
+                 disable it (qemu-img bitmap --disable)",
+                storage.name(),
+                String::from_utf8_lossy(&enabled.name)
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Autoclear bits say that something is still true that a writer who does not know
+/// them may break: on an image open for writing they go before all else is written.
+async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
+    const AUTOCLEAR_AT: u64 = 88;
+    let unknown = image.header.unknown_autoclear();
+    if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
+        return Ok(());
+    }
+    image.header.autoclear &= !unknown;
+    let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
+    image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
+    image.storage.sync(engine).await
+}
