@@ -37,6 +37,8 @@
 pub mod error;
 pub mod geometry;
 mod log;
+#[macro_use]
+mod mutants;
 mod shard;
 
 pub mod format;

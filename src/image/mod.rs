@@ -9,6 +9,8 @@ pub mod handle;
 pub mod info;
 mod info_json;
 mod l2_tables;
+#[cfg(qcow2rs_mutants)]
+mod mutants;
 pub(crate) mod open;
 mod option_names;
 pub(crate) mod option_values;

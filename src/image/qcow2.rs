@@ -251,7 +251,7 @@ impl Qcow2 {
         match cluster {
             Cluster::Standard { host, copied, .. } => {
                 run.host = host.checked_add(in_cluster);
-                run.copied = copied;
+                run.copied = copied || mutant!(SharedWrittenInPlace);
             }
             Cluster::Compressed(data) => {
                 run.compressed = Some(data);
@@ -392,6 +392,8 @@ impl Qcow2 {
         let (key, index) = self.slice_of(table, first);
         loop {
             let words = self.format.words();
+            #[cfg(qcow2rs_mutants)]
+            let mut halves = Vec::new();
             let done = self.l2.update(key, |slice| {
                 let entry = |slice: &SliceMut<'_>, n| {
                     self.format.decode(entry_in(slice, index + n as usize, words))
@@ -403,11 +405,19 @@ impl Qcow2 {
                 for n in 0..count {
                     if let Some(new) = change(n, entry(slice, n)?) {
                         let new = self.format.encode(new);
+                        mutant!(EntryChangedInHalves => {
+                            halves.push((index + n as usize, new));
+                            let L2Entry { bitmap, .. } = entry_in(slice, index + n as usize, words);
+                            let new = L2Entry { bitmap, ..new };
+                            set_entry_in(slice, index + n as usize, words, new);
+                            continue;
+                        });
                         set_entry_in(slice, index + n as usize, words, new);
                     }
                 }
                 Ok(())
             });
+            mutant!(EntryChangedInHalves => self.change_late(engine, key, &halves).await?);
             match done {
                 Some(result) => return result,
                 None => self.load_to_change(engine, key).await?,
@@ -425,7 +435,7 @@ impl Qcow2 {
         crate::log::emit(crate::log::ERROR, "image", || {
             format!("{}: marked as corrupt: {error}", self.storage.name())
         });
-        if self.format.version >= 3 {
+        if self.format.version >= 3 && !mutant!(CorruptBitNotSet) {
             let bits = self.header.incompatible | incompatible::CORRUPT;
             // The error that led here matters more than one from writing it down.
             if let Ok(block) = Block::from_bytes(&bits.to_be_bytes()) {
