@@ -96,6 +96,7 @@ step 'format' cargo fmt --all --check
 step 'lints' cargo clippy --workspace --all-targets --all-features -- -D warnings
 step 'documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --all-features
 step 'Rust tests' cargo test --workspace --all-features
+step 'mutants' scripts/mutants.sh
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs

@@ -24,6 +24,7 @@
 //! | module | subject |
 //! |---|---|
 //! | `error`, `geometry`, `log`, `shard` | errors; address types; log messages; counters by thread |
+//! | `mutants` | bugs seeded for the tests; empty in any other build |
 //! | `format` | bytes to types and back, pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
