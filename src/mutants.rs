@@ -76,7 +76,8 @@ define! {
     WriteInPlaceNotSynced,
     /// A flush that fails or is given up forgets that it still owed a sync.
     FailedFlushForgetsSync,
-    /// A flush that fails or is given up forgets the clusters that it freed.
+    /// A flush that does not come to its end, or a write-back that only makes room,
+    /// forgets what its entries freed.
     FailedFlushForgetsFreed,
     /// A flush that fails or is given up forgets the L1 entries that it took.
     FailedFlushForgetsL1,
@@ -112,8 +113,6 @@ define! {
     TableNamedBeforeContent,
     /// A new L2 table in a cluster that was used before is not zeroed.
     NewTableNotZeroed,
-    /// Cached slices of what a cluster held before it became an L2 table are kept.
-    NewTableNotForgotten,
     /// An L2 table that a snapshot shares is changed without being copied.
     SharedTableNotCopied,
     /// The old L2 table is freed before there is a new one.

@@ -51,9 +51,7 @@ impl Qcow2 {
         .await;
         keep_or_give_back(allocation, filled)?;
         // What is cached of that cluster, or being read of it, is from an earlier life.
-        if !mutant!(NewTableNotForgotten) {
-            self.l2.forget(table, size);
-        }
+        self.l2.forget(table, size);
         writing.allocator.overlap.add(table.get(), size, Metadata::L2);
         self.l1.set(l1_index, table.get() | COPIED);
         if !mutant!(TableFreedBeforeReplaced) {

@@ -240,9 +240,10 @@ fn the_header_is_never_a_place_for_data() {
 #[test]
 fn clusters_of_metadata_that_count_as_free_are_not_given_out() {
     play(|seed| {
-        // The refcount block is the last cluster: all its counts become 0.
+        // The refcount block is the last cluster: its counts become 0, but for that
+        // of the header in each other image.
         let forget = |image: &mut Vec<u8>| {
-            let block = image.len() - 512;
+            let block = image.len() - 512 + (seed as usize % 2) * 8;
             image[block..].fill(0);
         };
         let scene = Scene::with(&tiny(), seed, |_| {}, forget, |_| Before::Nothing);

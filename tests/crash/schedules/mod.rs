@@ -10,6 +10,8 @@ mod cancel;
 mod durability;
 mod exhaustion;
 mod races;
+mod reuse;
+mod tables;
 mod zeroes;
 
 use super::builder::Kind;
