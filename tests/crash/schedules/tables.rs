@@ -1,9 +1,10 @@
 //! New tables: L2 tables that are made, copied and made room for; refcounts that
 //! are written back from two sides.
 
-use qcow2rs::io::sim::{OpKind, Task};
+use qcow2rs::io::sim::{OpKind, Pattern, Stage, Task};
 
 use super::super::builder::Kind;
+use super::super::layout::Header;
 use super::super::random::config;
 use super::scene::{Before, Scene};
 use super::{over_backing, play, tiny};
@@ -62,5 +63,34 @@ fn what_leaves_a_full_cache_points_to_what_is_durable() {
             scene.crash(1);
             scene.close();
         }
+    });
+}
+
+#[test]
+fn an_older_copy_of_refcounts_does_not_overwrite_a_newer_one() {
+    play(|seed| {
+        // A run is half of what a refcount block counts; two blocks fit in the cache.
+        let kind = Kind { cluster: 4096, size: 8 << 20, ..tiny().kind };
+        let scene = Scene::new(&config(kind), seed, |_| Before::Nothing);
+        let table = Header::read(&*scene.file()).unwrap().reftable.offset;
+        let block = table + kind.cluster;
+        let writes = Pattern::any().file("image").kind(OpKind::Write);
+        let hold = scene.disk.hold(writes.touching(block..block + kind.cluster), Stage::Apply);
+        scene.run(vec![
+            Task::new("flusher", async {
+                scene.write(scene.cluster(0)).await.unwrap();
+                scene.flush().await.unwrap();
+            }),
+            Task::new("writer", async {
+                assert!(hold.caught().await);
+                hold.close();
+                // The other half, then so many more blocks that room has to be made.
+                scene.write_clusters(1..1100).await.unwrap();
+                hold.release();
+            }),
+        ]);
+        scene.play(scene.flush()).unwrap();
+        scene.crash(1);
+        scene.close();
     });
 }
