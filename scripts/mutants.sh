@@ -6,7 +6,7 @@
 # the options.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export LC_ALL=C
+export LC_ALL=C RUST_BACKTRACE=0
 
 table=docs/crash-simulation.md
 limit=300 # Seconds for one test: far more than any needs.
@@ -18,7 +18,7 @@ usage: scripts/mutants.sh [--all | --record] [MUTANT...]
             tests first, up to the first test that fails
   --record  looks for tests and seeds that find the bugs where those in the table
             do not, and writes the table again (QCOW2RS_CRASH_ROUNDS says how
-            hard to look for seeds; a day's work after each change of the tests)
+            hard to look for seeds): after a change of the tests
 The default is all the mutants of the table.  Builds in target/mutants.
 END
 }
@@ -67,8 +67,7 @@ finds() { # MUTANT TEST [SEED]
     [ -z "$given" ] || local -x QCOW2RS_SEED=$given
     QCOW2RS_MUTANT=$mutant timeout "$limit" "$suite" --exact "$test" > "$output" 2>&1 || status=$?
     grep -q '^running 1 test$' "$output" || die "there is no test $test"
-    seed=$(sed -n 's/.*QCOW2RS_SEED=\([0-9]*\).*/\1/p' "$output" | tail -n 1)
-    seed=${seed:-$given}
+    seed=${given:-$(sed -n 's/.*QCOW2RS_SEED=\([0-9]*\).*/\1/p' "$output" | tail -n 1)}
     images=$(sed -n 's/^crash images: //p' "$output" | tail -n 1)
     case $status in
     0) return 1 ;;
@@ -109,7 +108,7 @@ by_table() { # MUTANT
     if [ "$random" != - ]; then
         sound "$random" "$random_seed"
         if finds "$mutant" "$random" "$random_seed"; then
-            say "$([ $killed = 0 ] || echo "$mutant")" "$random"
+            say "$([ "$killed" = 0 ] || echo "$mutant")" "$random"
             killed=0
         else
             echo "$mutant: $random with seed $random_seed does not find it any more" >&2
