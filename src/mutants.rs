@@ -6,12 +6,12 @@
 //! is nothing at all. `scripts/mutants.sh` runs the tests against each of them;
 //! the table of what finds which is in `docs/crash-simulation.md`.
 
-/// `mutant!(X)`: whether the driver has the bug `X` now.
+/// `mutant!(X, Y)`: whether the driver has one of the bugs `X` and `Y` now.
 /// `mutant!(X => statements)`: what it does then.
 #[cfg(qcow2rs_mutants)]
 macro_rules! mutant {
-    ($name:ident) => {
-        $crate::mutants::Mutant::$name.is_awake()
+    ($($name:ident),+) => {
+        [$($crate::mutants::Mutant::$name),+].iter().any(|mutant| mutant.is_awake())
     };
     ($name:ident => $($statements:tt)*) => {
         if mutant!($name) {
@@ -22,7 +22,7 @@ macro_rules! mutant {
 
 #[cfg(not(qcow2rs_mutants))]
 macro_rules! mutant {
-    ($name:ident) => {
+    ($($name:ident),+) => {
         false
     };
     ($name:ident => $($statements:tt)*) => {};

@@ -140,11 +140,11 @@ impl Qcow2 {
         pass: &mut Pass<'_>,
     ) -> Result<()> {
         let allocator = &writing.allocator;
-        let late = mutant!(RefcountsLeftForClose) || mutant!(EntriesBeforeRefcounts);
+        let late = mutant!(RefcountsLeftForClose, EntriesBeforeRefcounts);
         if pass.has_pointers() && !late {
             allocator.refcounts.write_back(engine, &self.storage).await?;
         }
-        if !mutant!(NoSyncBeforeEntries) && !mutant!(CopiedAfterSync) {
+        if !mutant!(NoSyncBeforeEntries, CopiedAfterSync) {
             allocator.barrier(engine, &self.storage).await?;
         }
         self.write_slices(engine, writing, pass).await?;
