@@ -102,6 +102,7 @@ step 'lints' cargo clippy --workspace --all-targets --all-features -- -D warning
 step 'documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --all-features
 step 'Rust tests' cargo test --workspace --all-features
 step 'interleavings' scripts/interleavings.sh
+step 'mutants' scripts/mutants.sh
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs

@@ -25,6 +25,7 @@
 //! |---|---|
 //! | `error`, `geometry`, `log` | errors; address types; log messages |
 //! | `sync`, `owner`, `here`, `shard` | atomics and threads; what is kept thread by thread |
+//! | `mutants` | bugs seeded for the tests; empty in any other build |
 //! | `format` | bytes to types and back, pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
@@ -40,6 +41,8 @@ pub mod error;
 pub mod geometry;
 mod here;
 mod log;
+#[macro_use]
+mod mutants;
 mod owner;
 mod shard;
 mod sync;

@@ -124,6 +124,10 @@ impl Allocation<'_> {
 impl Drop for Allocation<'_> {
     fn drop(&mut self) {
         if !self.clusters.is_empty() {
+            mutant!(AbandonedReused => {
+                self.allocator.lock().returned.extend(self.clusters.clone());
+                return;
+            });
             self.allocator.lock().abandoned.extend(self.clusters.clone());
         }
     }
@@ -215,7 +219,8 @@ impl Allocator {
         let mut state = self.lock();
         if let Some(cluster) = state.returned.pop() {
             let clusters = cluster..cluster + 1;
-            return Some(Allocation { allocator: self, clusters, fresh: false });
+            let fresh = mutant!(ReturnedTakenForFresh);
+            return Some(Allocation { allocator: self, clusters, fresh });
         }
         if state.run.is_empty() {
             return None;
@@ -342,17 +347,20 @@ impl Allocator {
         // A corrupt image may call clusters free that are not.
         self.overlap.check_data(start, bytes)?;
         if let Err(error) = self.extend(engine, storage, run.end).await {
-            self.refcounts.lower(engine, storage, run).await?;
+            if !mutant!(RunNotRolledBack) {
+                self.refcounts.lower(engine, storage, run).await?;
+            }
             raised.clusters = 0..0;
             return Err(error);
         }
         raised.clusters = 0..0;
         let mut state = self.lock();
-        state.run_is_fresh = run.start >= state.fresh_from;
+        state.run_is_fresh = run.start >= state.fresh_from || mutant!(UsedTakenForFresh);
         if state.run_is_fresh {
             state.fresh_from = run.end;
         }
         state.hint = run.end.min(state.freed_since);
+        mutant!(SearchForgetsFreed => state.hint = run.end);
         state.run = run;
         self.note_untouched(&state);
         Ok(())
@@ -367,7 +375,8 @@ impl Allocator {
         end_cluster: u64,
     ) -> Result<()> {
         let end = end_cluster << self.geometry.cluster_bits;
-        if storage.capacity().is_some() || end <= self.lock().file_length {
+        let known = end <= self.lock().file_length || mutant!(FileNotExtended);
+        if storage.capacity().is_some() || known {
             return Ok(());
         }
         match storage.truncate(engine, end).await {
@@ -417,7 +426,9 @@ impl Allocator {
         let counts = self.counts_for_block(cluster % self.refcounts.per_block(), 1);
         let block = Block::from_bytes(&counts)?;
         storage.write(engine, &[Piece::Block(block.all())], offset.get()).await?;
-        self.barrier(engine, storage).await?;
+        if !mutant!(NoSyncBeforeNewBlock) {
+            self.barrier(engine, storage).await?;
+        }
         let entry = Block::from_bytes(&offset.get().to_be_bytes())?;
         let entry_offset = table_offset + table_index * 8;
         self.overlap.check_table(entry_offset, 8, Metadata::RefcountTable)?;
@@ -448,6 +459,7 @@ impl Allocator {
     /// have made durable is lost.
     pub async fn barrier<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let _one_at_a_time = self.syncing.lock().await;
+        mutant!(SyncsSideBySide => drop(_one_at_a_time));
         self.health.check_syncs()?;
         storage.sync(engine).await.map_err(|error| self.health.sync_failed(error))
     }

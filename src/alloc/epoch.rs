@@ -76,7 +76,7 @@ impl Epochs {
 
     /// Whether everybody has left who could know what was freed at `stamp`.
     pub fn has_passed(&self, stamp: u64) -> bool {
-        self.now() >= stamp.saturating_add(2)
+        self.now() >= stamp.saturating_add(2) || mutant!(LimboIgnoresReaders)
     }
 
     /// Waits until everybody has left who is inside now. Not to be called from

@@ -94,13 +94,17 @@ impl Allocator {
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let block = Block::from_bytes(&bytes)?;
         storage.write(engine, &[Piece::Block(block.all())], offset).await?;
-        self.barrier(engine, storage).await?;
+        if !mutant!(NoSyncBeforeTableSwitch) {
+            self.barrier(engine, storage).await?;
+        }
 
         let mut fields = offset.to_be_bytes().to_vec();
         fields.extend_from_slice(&(table_clusters as u32).to_be_bytes());
         let block = Block::from_bytes(&fields)?;
         storage.write(engine, &[Piece::Block(block.slice(0, 12))], Header::REFTABLE_AT).await?;
-        self.barrier(engine, storage).await?;
+        if !mutant!(NoSyncAfterTableSwitch) {
+            self.barrier(engine, storage).await?;
+        }
 
         self.overlap.add(start * size, blocks * size, Metadata::RefcountBlock);
         self.overlap.add(offset, table_clusters * size, Metadata::RefcountTable);

@@ -39,7 +39,7 @@ impl Health {
 
     /// Remembers that a sync failed, and makes the error say so.
     pub fn sync_failed(&self, error: Error) -> Error {
-        self.sync_failed.store(true, SeqCst);
+        self.sync_failed.store(!mutant!(SyncFailureForgotten), SeqCst);
         error.wrap_as(ErrorKind::FlushFailed, "sync failed, no more writes until reopened")
     }
 

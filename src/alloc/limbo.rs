@@ -104,6 +104,7 @@ impl Ready<'_> {
 
 impl Drop for Ready<'_> {
     fn drop(&mut self) {
+        mutant!(FailedReleaseForgets => return);
         let mut state = self.limbo.lock();
         while let Some(freed) = self.waiting.pop_back() {
             state.quiescing.push_front(freed);

@@ -254,6 +254,7 @@ impl Refcounts {
     /// Writes all changed slices; does not sync.
     pub async fn write_back<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let _one_at_a_time = self.writing.lock().await;
+        mutant!(RefcountWritesOvertake => drop(_one_at_a_time));
         let mut copies = self.cache.take_dirty();
         while let Some(copy) = copies.next() {
             // A corrupt table may name other metadata as a refcount block.

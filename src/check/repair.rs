@@ -72,6 +72,7 @@ impl<E: Engine> Check<'_, E> {
         {
             self.write_l2_flags(*table).await?;
         }
+        mutant!(RepairNotSynced => return Ok(()));
         self.storage.sync(self.engine).await
     }
 

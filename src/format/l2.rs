@@ -131,7 +131,9 @@ impl L2Format {
     pub fn encode(self, cluster: Cluster) -> L2Entry {
         let (offset, copied, alloc, zero) = match cluster {
             Cluster::None { zero } => (0, false, 0, zero),
-            Cluster::Standard { host, copied, alloc, zero } => (host.get(), copied, alloc, zero),
+            Cluster::Standard { host, copied, alloc, zero } => {
+                (host.get(), copied || mutant!(SharedMarkedCopied), alloc, zero)
+            }
             Cluster::Compressed(data) => {
                 let descriptor = compressed::encode(data.offset, data.length, self.geometry);
                 return L2Entry {

@@ -60,7 +60,7 @@ impl Disk {
         range: Range<u64>,
         fresh: bool,
     ) -> Result<Option<Piece<'a>>> {
-        if range.is_empty() {
+        if range.is_empty() || mutant!(EdgesNotCopied) {
             return Ok(None);
         }
         // A subcluster that is stored already keeps its own rest.
@@ -115,12 +115,13 @@ impl Disk {
         let geometry = image.geometry();
         let all = subcluster::all(geometry.subclusters());
         let (cluster, _) = part.first();
+        let all = if mutant!(ReplaceClaimsNothing) { 0 } else { all };
         let _claim = part.writing.claims.acquire(Region::whole(cluster, 1, all)).await;
         let old = image.entry(engine, part.table, cluster).await?;
         let (stored, zero, freed) = match old {
             Cluster::Compressed(data) => {
                 let touched = data.host_clusters(geometry);
-                (all, 0, *touched.start()..*touched.end() + 1)
+                (subcluster::all(geometry.subclusters()), 0, *touched.start()..*touched.end() + 1)
             }
             Cluster::Standard { host, copied: false, alloc, zero } => {
                 let number = geometry.host_cluster(host).0;
@@ -129,6 +130,7 @@ impl Disk {
             Cluster::Standard { copied: true, .. } | Cluster::None { .. } => return Ok(0),
         };
         let alloc = stored | part.mask_in(0);
+        mutant!(FreedBeforeReplaced => part.writing.allocator.limbo.announce(freed.clone()));
         let allocation = image.allocate(engine, 1).await?;
         let host = allocation.start()?;
         let moved = async {
@@ -141,7 +143,9 @@ impl Disk {
         }
         .await;
         keep_or_give_back(allocation, moved)?;
-        part.writing.allocator.limbo.announce(freed);
+        if !mutant!(FreedBeforeReplaced) {
+            part.writing.allocator.limbo.announce(freed);
+        }
         Ok(part.data.len())
     }
 

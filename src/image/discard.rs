@@ -98,6 +98,8 @@ impl Disk {
         }
         let all = subcluster::all(image.geometry().subclusters());
         let zero = if image.format.version >= 3 { all } else { 0 };
+        let zero = if mutant!(DiscardShowsBacking) { 0 } else { zero };
+        let all = if mutant!(DiscardClaimsNothing) { 0 } else { all };
         let has_backing = image.has_backing();
         let table = image.table_for_writing(engine, image.geometry().l1_index(first)).await?;
         let _claim = writing.claims.acquire(Region::whole(first, count, all)).await;
@@ -152,7 +154,8 @@ impl Disk {
         }
         let table = image.table_for_writing(engine, l1_index).await?;
         // The whole cluster: neighbours may be punched too, or the cluster freed.
-        let _claim = writing.claims.acquire(Region::whole(cluster, 1, all)).await;
+        let region = if mutant!(SubclusterDiscardClaimsNothing) { 0 } else { all };
+        let _claim = writing.claims.acquire(Region::whole(cluster, 1, region)).await;
         let mut freed = Vec::new();
         let mut punch = None;
         image
@@ -203,6 +206,10 @@ impl Qcow2 {
             let start = host.get() + u64::from(run.start) * sub;
             let end = host.get() + u64::from(run.end) * sub;
             let blocks = start.div_ceil(HOST_BLOCK) * HOST_BLOCK..end / HOST_BLOCK * HOST_BLOCK;
+            mutant!(HoleRoundedOut => {
+                let blocks = start / HOST_BLOCK * HOST_BLOCK..end.next_multiple_of(HOST_BLOCK);
+                self.punch(engine, writing, blocks).await;
+            });
             if blocks.start < blocks.end {
                 self.punch(engine, writing, blocks).await;
             }
@@ -233,6 +240,7 @@ impl Qcow2 {
         for cluster in clusters {
             match *cluster {
                 Cluster::Standard { host, copied, .. } => {
+                    let copied = copied || mutant!(SharedPunched);
                     let number = geometry.host_cluster(host).0;
                     match own.last_mut() {
                         Some(last) if copied && last.end == number => last.end += 1,
@@ -251,7 +259,9 @@ impl Qcow2 {
         let mut leaving = Leaving { limbo: &writing.allocator.limbo, clusters: own };
         while let Some(range) = leaving.clusters.last().cloned() {
             let size = geometry.cluster_size();
+            mutant!(LatePunch => leaving.limbo.announce(leaving.clusters.pop().unwrap_or(0..0)));
             self.punch(engine, writing, range.start * size..range.end * size).await;
+            mutant!(LatePunch => continue);
             leaving.clusters.pop();
             leaving.limbo.announce(range);
         }

@@ -83,7 +83,7 @@ impl Qcow2 {
         log::emit(log::ERROR, "image", || {
             format!("{}: marked as corrupt: {error}", self.storage.name())
         });
-        if self.format.version >= 3 {
+        if self.format.version >= 3 && !mutant!(CorruptBitNotSet) {
             let features = &writing.features;
             let _alone = features.writing.lock().await;
             let bits = features.word.fetch_or(incompatible::CORRUPT, SeqCst);

@@ -1,7 +1,7 @@
 //! L2 tables that may be changed: made where there is none, copied where the
 //! table is shared with a snapshot.
 
-use super::qcow2::Qcow2;
+use super::qcow2::{Qcow2, Writing};
 use super::write::keep_or_give_back;
 use crate::alloc::overlap::Metadata;
 use crate::error::Result;
@@ -27,12 +27,14 @@ impl Qcow2 {
         }
         let size = self.geometry().cluster_size();
         let old = self.table_of(self.l1.get(l1_index))?;
+        mutant!(TableFreedBeforeReplaced => self.free_table(writing, old));
         let allocation = self.allocate(engine, 1).await?;
         let table = allocation.start()?;
+        mutant!(TableNamedBeforeContent => self.l1.set(l1_index, table.get() | COPIED));
         let filled = async {
             writing.allocator.overlap.check_data(table.get(), size)?;
             match old {
-                None if allocation.is_fresh() => Ok(()),
+                None if allocation.is_fresh() || mutant!(NewTableNotZeroed) => Ok(()),
                 None => {
                     let zeroes = [Piece::Zeroes(size as usize)];
                     self.storage.write(engine, &zeroes, table.get()).await
@@ -52,17 +54,25 @@ impl Qcow2 {
         self.l2.forget(table, size);
         writing.allocator.overlap.add(table.get(), size, Metadata::L2);
         self.l1.set(l1_index, table.get() | COPIED);
-        if let Some(old) = old {
-            writing.allocator.overlap.remove(old.get(), size, Metadata::L2);
-            let number = self.geometry().host_cluster(old).0;
-            writing.allocator.limbo.announce(number..number + 1);
+        if !mutant!(TableFreedBeforeReplaced) {
+            self.free_table(writing, old);
         }
         Ok(table)
+    }
+
+    /// Nothing points to an L2 table any more, as far as this image goes.
+    fn free_table(&self, writing: &Writing, table: Option<HostOffset>) {
+        let Some(table) = table else { return };
+        let geometry = self.geometry();
+        writing.allocator.overlap.remove(table.get(), geometry.cluster_size(), Metadata::L2);
+        let number = geometry.host_cluster(table).0;
+        writing.allocator.limbo.announce(number..number + 1);
     }
 
     /// The table, if there is one that is not shared.
     fn own_table(&self, l1_index: u64) -> Result<Option<HostOffset>> {
         let entry = self.l1.get(l1_index);
-        Ok(if entry & COPIED != 0 { self.table_of(entry)? } else { None })
+        let own = entry & COPIED != 0 || mutant!(SharedTableNotCopied);
+        Ok(if own { self.table_of(entry)? } else { None })
     }
 }

@@ -10,6 +10,8 @@ pub mod handle;
 pub mod info;
 mod info_json;
 mod l2_tables;
+#[cfg(qcow2rs_mutants)]
+mod mutants;
 pub(crate) mod open;
 mod open_writable;
 mod option_names;

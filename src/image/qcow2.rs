@@ -278,7 +278,7 @@ impl Qcow2 {
         match cluster {
             Cluster::Standard { host, copied, .. } => {
                 run.host = host.checked_add(in_cluster);
-                run.copied = copied;
+                run.copied = copied || mutant!(SharedWrittenInPlace);
             }
             Cluster::Compressed(data) => {
                 run.compressed = Some(data);
@@ -419,6 +419,8 @@ impl Qcow2 {
         let (key, index) = self.slice_of(table, first);
         loop {
             let words = self.format.words();
+            #[cfg(qcow2rs_mutants)]
+            let mut halves = Vec::new();
             let done = self.l2.update(key, |slice| {
                 let entry = |slice: &SliceMut<'_>, n| {
                     self.format.decode(entry_in(slice, index + n as usize, words))
@@ -430,11 +432,19 @@ impl Qcow2 {
                 for n in 0..count {
                     if let Some(new) = change(n, entry(slice, n)?) {
                         let new = self.format.encode(new);
+                        mutant!(EntryChangedInHalves => {
+                            halves.push((index + n as usize, new));
+                            let L2Entry { bitmap, .. } = entry_in(slice, index + n as usize, words);
+                            let new = L2Entry { bitmap, ..new };
+                            set_entry_in(slice, index + n as usize, words, new);
+                            continue;
+                        });
                         set_entry_in(slice, index + n as usize, words, new);
                     }
                 }
                 Ok(())
             });
+            mutant!(EntryChangedInHalves => self.change_late(engine, key, &halves).await?);
             match done {
                 Some(result) => return result,
                 None => self.load_to_change(engine, key).await?,

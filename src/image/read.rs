@@ -60,6 +60,7 @@ impl Disk {
     /// What the mapping says stays true, as far as reuse goes, while this lives.
     #[inline]
     fn inside(&self) -> Option<Inside<'_>> {
+        mutant!(ReadOutsideEpoch => return None);
         let writing = self.top()?.writing.as_ref()?;
         Some(writing.allocator.epochs.enter())
     }

@@ -58,6 +58,7 @@ impl Part<'_> {
 
     fn region(&self) -> Region {
         let all = subcluster::all(self.image.geometry().subclusters());
+        let all = if mutant!(WriteClaimsNothing) { 0 } else { all };
         let (first, _) = self.first();
         let count = self.clusters();
         Region { first, count, all, head: self.mask_in(0), tail: self.mask_in(count - 1) }
@@ -103,7 +104,9 @@ impl Disk {
             _ => self.write_qcow2(engine, data, offset).await,
         };
         match written {
-            Ok(()) if fua || self.options.writethrough => self.flush(engine).await,
+            Ok(()) if (fua && !mutant!(FuaIgnored)) || self.options.writethrough => {
+                self.flush(engine).await
+            }
             Ok(()) => Ok(()),
             Err(error) => Err(self.note_corruption(engine, error).await),
         }
@@ -154,7 +157,9 @@ impl Disk {
             };
             done += count;
         }
-        writing.mark_unsynced();
+        if !mutant!(WriteInPlaceNotSynced) {
+            writing.mark_unsynced();
+        }
         Ok(())
     }
 
@@ -170,7 +175,7 @@ impl Disk {
         at: GuestOffset,
     ) -> Result<usize> {
         loop {
-            let inside = writing.allocator.epochs.enter();
+            let inside = (!mutant!(WriteOutsideEpoch)).then(|| writing.allocator.epochs.enter());
             let run = match image.lookup(at, (data.len() - done) as u64)? {
                 Lookup::Run(run) => run,
                 Lookup::Load(key) => {
@@ -284,7 +289,9 @@ impl Disk {
                     Cluster::None { zero } => {
                         let host = host.checked_add(index << geometry.cluster_bits)?;
                         taken[index as usize] = true;
-                        Some(Cluster::Standard { host, copied: true, alloc: 0, zero })
+                        let early = mutant!(AllocatedBeforeData);
+                        let alloc = if early { part.mask_in(index) } else { 0 };
+                        Some(Cluster::Standard { host, copied: true, alloc, zero: zero & !alloc })
                     }
                     // Somebody else was faster, for other subclusters.
                     Cluster::Standard { .. } | Cluster::Compressed(_) => None,
@@ -393,6 +400,7 @@ fn changed_under_claim() -> Error {
 pub(super) fn keep_or_give_back(allocation: Allocation<'_>, used: Result<()>) -> Result<()> {
     match used {
         Ok(()) => allocation.keep(),
+        Err(_) if mutant!(FailedWriteKeepsCluster) => allocation.keep(),
         Err(_) => allocation.give_back(),
     }
     used

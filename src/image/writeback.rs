@@ -70,9 +70,13 @@ impl<'a> Pass<'a> {
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        self.writing.allocator.limbo.put_back(std::mem::take(&mut self.dropped));
-        self.l1.put_back(&self.entries);
-        if self.owes_sync {
+        if !mutant!(FailedFlushForgetsFreed) {
+            self.writing.allocator.limbo.put_back(std::mem::take(&mut self.dropped));
+        }
+        if !mutant!(FailedFlushForgetsL1) {
+            self.l1.put_back(&self.entries);
+        }
+        if self.owes_sync && !mutant!(FailedFlushForgetsSync) {
             self.writing.needs_sync.store(true, SeqCst);
         }
     }
@@ -105,6 +109,8 @@ impl Qcow2 {
     pub async fn flush<E: Engine>(&self, engine: &E) -> Result<()> {
         let writing = self.writing()?;
         let begun = writing.flushes_begun.load(SeqCst);
+        let begun =
+            if mutant!(FlushJoinsEarlier) { writing.flushes_done.load(SeqCst) } else { begun };
         let _leader = writing.flushing.lock().await;
         writing.allocator.health.check()?;
         if writing.flushes_done.load(SeqCst) > begun {
@@ -112,16 +118,18 @@ impl Qcow2 {
             return Ok(());
         }
         let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
+        mutant!(CopiedAfterSync => self.sync_early(engine, writing).await?);
         let mut pass = Pass::begin(self, writing);
         pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
         if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
-            if pass.has_pointers() {
+            if pass.has_pointers() && !mutant!(NoSyncAfterEntries) {
                 writing.allocator.barrier(engine, &self.storage).await?;
             }
         }
         let dropped = pass.complete();
         writing.allocator.limbo.dropped(dropped, &writing.allocator.epochs);
+        mutant!(FreedDuringFlushReleased => writing.allocator.drop_announced());
         writing.allocator.release_ready(engine, &self.storage).await?;
         writing.flushes_done.store(number, SeqCst);
         Ok(())
@@ -136,24 +144,45 @@ impl Qcow2 {
         pass: &mut Pass<'_>,
     ) -> Result<()> {
         let allocator = &writing.allocator;
-        if pass.has_pointers() && writing.lazy {
-            self.mark_dirty(engine, writing).await?;
-        } else if pass.has_pointers() {
-            allocator.refcounts.write_back(engine, &self.storage).await?;
+        let late = mutant!(RefcountsLeftForClose, EntriesBeforeRefcounts, DirtyBitNotSet)
+            || mutant!(DirtyBitLate);
+        if pass.has_pointers() && !late {
+            if writing.lazy {
+                self.mark_dirty(engine, writing).await?;
+            } else {
+                allocator.refcounts.write_back(engine, &self.storage).await?;
+            }
         }
-        allocator.barrier(engine, &self.storage).await?;
-        while let Some(slice) = pass.slices.next() {
-            let (offset, bytes) = (slice.key.get(), slice.bytes.len() as u64);
-            allocator.overlap.check_table(offset, bytes, Metadata::L2)?;
-            let block = Block::from_bytes(&slice.bytes)?;
-            self.storage.write(engine, &[Piece::Block(block.all())], offset).await?;
-            pass.slices.mark_written();
+        if !mutant!(NoSyncBeforeEntries, CopiedAfterSync) {
+            allocator.barrier(engine, &self.storage).await?;
         }
+        self.write_slices(engine, writing, pass).await?;
         for (index, value) in &pass.entries {
             let offset = self.header.l1_offset + *index as u64 * 8;
             allocator.overlap.check_table(offset, 8, Metadata::L1)?;
             let block = Block::from_bytes(&value.to_be_bytes())?;
             self.storage.write(engine, &[Piece::Block(block.slice(0, 8))], offset).await?;
+        }
+        mutant!(EntriesBeforeRefcounts => {
+            allocator.refcounts.write_back(engine, &self.storage).await?;
+        });
+        mutant!(DirtyBitLate => self.mark_dirty(engine, writing).await?);
+        Ok(())
+    }
+
+    async fn write_slices<E: Engine>(
+        &self,
+        engine: &E,
+        writing: &Writing,
+        pass: &mut Pass<'_>,
+    ) -> Result<()> {
+        while let Some(slice) = pass.slices.next() {
+            let (offset, bytes) = (slice.key.get(), slice.bytes.len() as u64);
+            writing.allocator.overlap.check_table(offset, bytes, Metadata::L2)?;
+            mutant!(EntryWrittenInHalves => self.write_halves(engine, slice).await?);
+            let block = Block::from_bytes(&slice.bytes)?;
+            self.storage.write(engine, &[Piece::Block(block.all())], offset).await?;
+            pass.slices.mark_written();
         }
         Ok(())
     }
@@ -165,9 +194,14 @@ impl Qcow2 {
         let _leader = writing.flushing.lock().await;
         writing.allocator.health.check()?;
         let mut pass = Pass::begin(self, writing);
+        mutant!(EvictionWithoutOrder => self.write_slices(engine, writing, &mut pass).await?);
         if pass.has_pointers() {
             self.write_pass(engine, writing, &mut pass).await?;
             pass.entries.clear();
+            mutant!(EvictionFreesClusters => {
+                writing.allocator.limbo.dropped(pass.complete(), &writing.allocator.epochs);
+                return Ok(());
+            });
         }
         Ok(())
     }
@@ -180,6 +214,10 @@ impl Qcow2 {
         want: u64,
     ) -> Result<Allocation<'_>> {
         let allocator = &self.writing()?.allocator;
+        mutant!(NoLimbo => {
+            allocator.drop_announced();
+            allocator.release_ready(engine, &self.storage).await?;
+        });
         if allocator.limbo.clusters() > LIMBO_BYTES >> self.geometry().cluster_bits {
             self.flush(engine).await?;
         }
@@ -217,6 +255,7 @@ impl Qcow2 {
         allocator.release_ready(engine, &self.storage).await?;
         let needed = allocator.give_back_all(engine, &self.storage).await?;
         let dirty = writing.features.dirty();
+        mutant!(CleanedBeforeRefcounts => self.mark_clean(engine, writing).await?);
         if allocator.refcounts.is_dirty() || dirty {
             allocator.refcounts.write_back(engine, &self.storage).await?;
             // Some may have been written before, to make room, and not synced yet.

@@ -48,7 +48,9 @@ impl Disk {
             _ => self.zero_qcow2(engine, range, flags).await,
         };
         match done {
-            Ok(()) if flags.fua || self.options.writethrough => self.flush(engine).await,
+            Ok(()) if (flags.fua && !mutant!(FuaIgnored)) || self.options.writethrough => {
+                self.flush(engine).await
+            }
             Ok(()) => Ok(()),
             Err(error) => Err(self.note_corruption(engine, error).await),
         }
@@ -120,11 +122,13 @@ impl Disk {
     ) -> Result<()> {
         let all = subcluster::all(image.geometry().subclusters());
         let table = image.table_for_writing(engine, image.geometry().l1_index(first)).await?;
-        let _claim = writing.claims.acquire(Region::whole(first, count, all)).await;
+        let claimed = if mutant!(ZeroClaimsNothing) { 0 } else { all };
+        let _claim = writing.claims.acquire(Region::whole(first, count, claimed)).await;
         let mut freed = Vec::new();
         image
             .change(engine, table, first, count, |_, cluster| {
                 Some(match cluster {
+                    Cluster::None { .. } if mutant!(ZeroShowsBacking) => cluster,
                     Cluster::None { .. } => Cluster::None { zero: all },
                     Cluster::Standard { host, copied, .. } if !flags.may_unmap => {
                         Cluster::Standard { host, copied, alloc: 0, zero: all }

@@ -298,7 +298,7 @@ impl SliceCache {
         if self.find(set_index, key).is_some() {
             return Loaded::Done;
         }
-        if set.generation != ticket.0 {
+        if set.generation != ticket.0 && !mutant!(StaleSliceAccepted) {
             return Loaded::Stale;
         }
         let Some(way) = self.victim(set_index, &mut set) else {
@@ -335,6 +335,10 @@ impl SliceCache {
             let way = set.hand;
             set.hand = (set.hand + 1) % self.ways;
             let state = set.state[way];
+            mutant!(DirtySliceEvicted => {
+                set.state[way] = SlotState::default();
+                return Some(way);
+            });
             if !state.dirty && !state.writing && !slots[way].used.swap(false, Ordering::Relaxed) {
                 return Some(way);
             }
@@ -376,9 +380,11 @@ impl SliceCache {
         let mut set = self.lock(copy.slot / self.ways);
         set.generation += 1;
         set.state[copy.slot % self.ways].writing = false;
+        mutant!(ChangeDuringWriteForgotten => set.state[copy.slot % self.ways].dirty = false);
     }
 
     fn not_written(&self, copy: &DirtySlice) {
+        mutant!(FailedFlushForgetsSlices => return self.written(copy));
         let mut set = self.lock(copy.slot / self.ways);
         set.generation += 1;
         let still_there = self.slots[copy.slot].key.load(Ordering::Relaxed) == copy.key.get();

@@ -12,5 +12,7 @@ mod qemu;
 mod random;
 mod scenario;
 mod schedules;
+mod snapshot;
 #[path = "../support/mod.rs"]
 mod support;
+mod tally;

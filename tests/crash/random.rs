@@ -8,6 +8,7 @@ use std::cell::Cell;
 use super::builder::Kind;
 use super::qemu;
 use super::scenario::{Config, Scenario};
+use super::tally::Tally;
 
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
@@ -30,6 +31,7 @@ fn run(family: u64, configs: &[Config]) {
         }
         scenario.crashes.get()
     };
+    let _tally = Tally;
     if let Some(seed) = number("QCOW2RS_SEED") {
         if seed % 10 == family {
             run(seed);

@@ -22,6 +22,8 @@ use super::imagecheck;
 use super::layout::{DIRTY, Header, ReadAt, read_guest};
 use super::oracle::{Change, Oracle, SECTOR, Word, fill, word};
 use super::qemu;
+use super::snapshot::{check_snapshot, keep_snapshot};
+use super::tally::crash_image;
 
 /// What is tried, but for chance.
 #[derive(Clone, Debug)]
@@ -152,6 +154,7 @@ impl Config {
             });
             disk.create_with("base", read_only, &fill((0..length).map(|s| word(BASE, s))));
         }
+        keep_snapshot(&disk, &kind, &words);
         (disk, Oracle::new(words))
     }
 }
@@ -271,6 +274,7 @@ impl Life<'_> {
         if report.dirty && !self.config().kind.lazy {
             return Err(format!("{when}: the image is marked dirty"));
         }
+        check_snapshot(&self.disk).map_err(|what| format!("{when}: {what}"))?;
         let every = self.scenario.qemu_every.get();
         if every > 0 && self.rng.borrow_mut().chance(1, every) {
             let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
@@ -356,7 +360,7 @@ impl Life<'_> {
         }
         // Nothing that close did may depend on luck, but for the end of the file.
         let seed = self.rng.borrow_mut().next_u64();
-        let after = self.disk.crash(Crash::Power { unit: 512 }, seed).file("image");
+        let after = crash_image(&self.disk, Crash::Power { unit: 512 }, seed).file("image");
         let report = after.map(|file| imagecheck::check(&*file)).unwrap_or_default();
         if !report.faults().is_empty() || report.leaks != left {
             return Err(format!("what close wrote is not durable: {report:#?}").into());
@@ -456,7 +460,7 @@ impl Life<'_> {
         }
         self.scenario.crashes.set(self.scenario.crashes.get() + 1);
         let mut rng = self.rng.borrow_mut().fork();
-        let after = self.disk.crash(crash, rng.next_u64());
+        let after = crash_image(&self.disk, crash, rng.next_u64());
         let oracle = self.oracle.borrow().clone();
         self.disk.note(format!("{crash:?}"));
         let life = self.scenario.live(after, oracle, self.depth - 1, &mut rng);

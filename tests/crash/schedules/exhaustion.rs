@@ -9,9 +9,8 @@ use qcow2rs::{ErrorKind, Result};
 use super::super::builder::Kind;
 use super::super::random::config;
 use super::super::scenario::Config;
-use super::super::support::for_seeds;
 use super::scene::{Before, Scene};
-use super::{extended, play, tiny};
+use super::{extended, play, play_some, tiny};
 
 /// A bit of everything, on an image of which each fourth cluster is compressed.
 async fn work(scene: &Scene) -> Vec<Result<()>> {
@@ -69,7 +68,7 @@ fn fail_and_go_on(scene: Scene, kind: OpKind, index: u64, errno: i32) {
 
 #[test]
 fn each_failure_is_rolled_back_and_leaves_no_cluster_over() {
-    for_seeds("crash", 1, |seed| {
+    play_some(1, |seed| {
         let snapshot = config(Kind { snapshot: true, size: 64 << 10, ..tiny().kind });
         let coarse = config(Kind { cluster: 4096, size: 256 << 10, ..tiny().kind });
         for config in [snapshot, coarse, extended()] {
@@ -216,7 +215,7 @@ fn what_is_freed_during_a_search_for_free_clusters_is_found_by_the_next() {
 
 #[test]
 fn the_header_is_never_a_place_for_data() {
-    for_seeds("crash", 2, |seed| {
+    play_some(2, |seed| {
         for index in 0..60 {
             let scene = scene(&tiny(), seed * 1000 + index);
             let header = scene.file().bytes()[..512].to_vec();
@@ -241,9 +240,10 @@ fn the_header_is_never_a_place_for_data() {
 #[test]
 fn clusters_of_metadata_that_count_as_free_are_not_given_out() {
     play(|seed| {
-        // The refcount block is the last cluster: all its counts become 0.
+        // The refcount block is the last cluster: its counts become 0, but for that
+        // of the header in each other image.
         let forget = |image: &mut Vec<u8>| {
-            let block = image.len() - 512;
+            let block = image.len() - 512 + (seed as usize % 2) * 8;
             image[block..].fill(0);
         };
         let scene = Scene::with(&tiny(), seed, |_| {}, forget, |_| Before::Nothing);
@@ -253,6 +253,7 @@ fn clusters_of_metadata_that_count_as_free_are_not_given_out() {
         let after = scene.file().bytes();
         // But for the bit that says so.
         assert_eq!((&before[..72], &before[80..]), (&after[..72], &after[80..]));
+        assert_eq!(after[79], before[79] | 2, "the corrupt bit is not set");
         let result = scene.play(scene.write(scene.cluster(0)));
         assert_eq!(result.unwrap_err().kind(), ErrorKind::Shutdown);
     });

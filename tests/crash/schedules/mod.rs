@@ -11,16 +11,25 @@ mod durability;
 mod exhaustion;
 mod lazy;
 mod races;
+mod reuse;
+mod tables;
 mod zeroes;
 
 use super::builder::Kind;
 use super::random::{SMALL, config};
 use super::scenario::Config;
 use super::support::for_seeds;
+use super::tally::Tally;
+
+/// Plays a schedule with so many seeds.
+fn play_some(seeds: u64, test: impl Fn(u64)) {
+    let _tally = Tally;
+    for_seeds("crash", seeds, test);
+}
 
 /// Plays a schedule with several seeds.
 fn play(test: impl Fn(u64)) {
-    for_seeds("crash", 10, test);
+    play_some(10, test);
 }
 
 /// Clusters of one sector, few refcounts in a block: the allocator's current run

@@ -195,6 +195,28 @@ fn a_read_does_not_see_what_its_cluster_is_used_for_next() {
 }
 
 #[test]
+fn a_read_sees_what_is_below_until_the_data_above_it_is_there() {
+    play(|seed| {
+        for config in over_backing() {
+            let scene = Scene::new(&config, seed, |_| Before::Nothing);
+            let sectors = scene.cluster(G);
+            let hold = scene.hold_next_write(sectors.start);
+            scene.run(vec![
+                Task::new("writer", async {
+                    scene.write(sectors.start..sectors.start + 1).await.unwrap();
+                }),
+                Task::new("reader", async {
+                    assert!(hold.caught().await);
+                    scene.read(sectors.clone()).await.unwrap();
+                    hold.release();
+                }),
+            ]);
+            finish(scene);
+        }
+    });
+}
+
+#[test]
 fn queues_on_a_warm_overlay_with_the_smallest_cache_do_not_mix_up_tables() {
     play(|seed| {
         for config in over_backing() {

@@ -17,6 +17,8 @@ use super::super::imagecheck;
 use super::super::layout::{Entry, Header, ReadAt, bits, read_guest};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
 use super::super::scenario::{Config, Failure, Scenario, open};
+use super::super::snapshot::{check_snapshot, keep_snapshot};
+use super::super::tally::crash_image;
 
 /// Marks the words that the image holds at first, and those of the backing file.
 const STORED: u32 = 0xaaaa_0000;
@@ -103,6 +105,7 @@ impl Scene {
             let base = FileOptions { read_only: true, alignment, ..FileOptions::default() };
             disk.create_with("base", base, &fill((0..sectors).map(|s| word(BASE, s))));
         }
+        keep_snapshot(&disk, &kind, &words);
         Scene::on(config, seed, disk, Oracle::new(words), rng)
     }
 
@@ -263,7 +266,7 @@ impl Scene {
         let mut rng = self.rng.borrow_mut();
         let unit = *rng.pick(&[0, 512, 512, 4096]);
         let crash = if unit == 0 { Crash::Process } else { Crash::Power { unit } };
-        (crash, self.disk.crash(crash, rng.next_u64()))
+        (crash, crash_image(&self.disk, crash, rng.next_u64()))
     }
 
     /// What is left after a crash now.
@@ -375,6 +378,7 @@ fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, St
     if !faults.is_empty() {
         return Err(format!("{faults:#?}"));
     }
+    check_snapshot(disk)?;
     let header = Header::read(&*file)?;
     let base = disk.file("base");
     let base = base.as_deref().map(|base| base as &dyn ReadAt);

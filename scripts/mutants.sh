@@ -1,0 +1,210 @@
+#!/bin/bash
+# Wakes one seeded bug (src/mutants.rs) after the other and sees that the crash
+# tests find it: the schedule and the random seed that the table in
+# docs/crash-simulation.md names.  Fails if a bug survives, if the table does not
+# list them all, or if one of these tests fails without any bug.  --help lists
+# the options.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export LC_ALL=C RUST_BACKTRACE=0
+
+table=docs/crash-simulation.md
+
+usage() {
+    cat << END
+usage: scripts/mutants.sh [--all | --record] [MUTANT...]
+  --all     runs the whole suite: once without a bug, then for each bug, random
+            tests first, up to the first test that fails
+  --record  looks for tests and seeds that find the bugs where those in the table
+            do not, and writes the table again (QCOW2RS_CRASH_ROUNDS says how
+            hard to look for seeds): after a change of the tests
+The default is all the mutants of the table.  Builds in target/mutants.
+END
+}
+
+mode=table
+case ${1-} in
+--help | -h) usage && exit ;;
+--all | --record) mode=${1#--} && shift ;;
+-*) usage >&2 && exit 2 ;;
+esac
+
+die() {
+    printf 'mutants: %s\n' "$*" >&2
+    exit 1
+}
+
+# Each mutant and what it is, separated by a tab.
+described() {
+    awk '
+        /^    \/\/\/ / { sub(/^ *\/\/\/ /, ""); what = what (what == "" ? "" : " ") $0; next }
+        /^    [A-Z][A-Za-z0-9]*,$/ && what != "" { gsub(/[ ,]/, ""); print $0 "\t" what }
+        { what = "" }
+    ' src/mutants.rs
+}
+
+# Each row of the table: mutant, schedule, its seed, random test, its seed.
+rows() {
+    [ -e "$table" ] || return 0
+    awk -F' *[|] *' -v OFS='\t' '
+        function found(cell, prefix,   parts) {
+            if (split(cell, parts, /[`, ]+/) != 3) return "-" OFS "-"
+            return prefix parts[2] OFS parts[3]
+        }
+        /^\| `[A-Z]/ { gsub(/`/, "", $2); print $2, found($4, "schedules::"), found($5, "random::") }
+    ' "$table"
+}
+
+# --- running a test ----------------------------------------------------------
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+# What one test says of one mutant: 0 if it finds it.  Sets seed and images.
+finds() { # MUTANT TEST [SEED]
+    local mutant=$1 test=$2 given=${3-} status=0 limit=2h
+    # One seed is a matter of seconds.
+    [ -z "$given" ] || local -x QCOW2RS_SEED=$given limit=5m
+    QCOW2RS_MUTANT=$mutant timeout "$limit" "$suite" --exact "$test" > "$output" 2>&1 || status=$?
+    grep -q '^running 1 test$' "$output" || die "there is no test $test"
+    seed=${given:-$(sed -n 's/.*QCOW2RS_SEED=\([0-9]*\).*/\1/p' "$output" | tail -n 1)}
+    images=$(sed -n 's/^crash images: //p' "$output" | tail -n 1)
+    case $status in
+    0) return 1 ;;
+    101) return 0 ;;
+    *) die "$test with the mutant '$mutant' ended with status $status: $(tail -n 5 "$output")" ;;
+    esac
+}
+
+sound() { # TEST [SEED]
+    ! finds '' "$@" || die "$1 fails without any mutant (seed ${seed:-?}): $(cat "$output")"
+}
+
+say() { # MUTANT TEST
+    printf '%-32s %s, seed %s, after %s crash images\n' "$1" "${2#*::}" "${seed:--}" "${images:-0}"
+}
+
+tests() { # PREFIX
+    "$suite" --list 2> /dev/null | sed -n "s/^\($1.*\): test$/\1/p"
+}
+
+# --- what is done --------------------------------------------------------------
+
+# The tests that the table names.
+by_table() { # MUTANT
+    local row mutant schedule schedule_seed random random_seed killed=1
+    row=$(rows | grep -P "^$1\t") || die "$1 is not in $table"
+    IFS=$'\t' read -r mutant schedule schedule_seed random random_seed <<< "$row"
+    if [ "$schedule" != - ]; then
+        sound "$schedule" "$schedule_seed"
+        if finds "$mutant" "$schedule" "$schedule_seed"; then
+            say "$mutant" "$schedule"
+            killed=0
+        else
+            echo "$mutant: $schedule with seed $schedule_seed does not find it any more" >&2
+            return 1
+        fi
+    fi
+    if [ "$random" != - ]; then
+        sound "$random" "$random_seed"
+        if finds "$mutant" "$random" "$random_seed"; then
+            say "$([ "$killed" = 0 ] || echo "$mutant")" "$random"
+            killed=0
+        else
+            echo "$mutant: $random with seed $random_seed does not find it any more" >&2
+            return 1
+        fi
+    fi
+    return $killed
+}
+
+by_all() { # MUTANT
+    local test
+    for test in $(tests random::) $(tests schedules::); do
+        if finds "$1" "$test"; then
+            say "$1" "$test"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# A test of a kind that finds a mutant, as a cell of the table; what stands there
+# already, if that still does.
+cell() { # MUTANT PREFIX TEST SEED
+    local mutant=$1 prefix=$2 test=$3 known=$4
+    if [ "$test" = - ] ||
+        ! { finds "$mutant" "$test" "$known" || finds "$mutant" "$test"; }; then
+        for test in $(tests "$prefix") -; do
+            if [ "$test" = - ] || finds "$mutant" "$test"; then
+                break
+            fi
+        done
+    fi
+    if [ "$test" = - ]; then
+        echo '-'
+    else
+        echo "\`${test#"$prefix"}\`, $seed"
+    fi
+}
+
+record() { # MUTANT
+    local row='' mutant schedule schedule_seed random random_seed
+    row=$(rows | grep -P "^$1\t") || row=$(printf '%s\t-\t-\t-\t-' "$1")
+    IFS=$'\t' read -r mutant schedule schedule_seed random random_seed <<< "$row"
+    schedule=$(cell "$mutant" schedules:: "$schedule" "$schedule_seed")
+    random=$(cell "$mutant" random:: "$random" "$random_seed")
+    local what
+    what=$(described | sed -n "s/^$mutant\t//p")
+    line="| \`$mutant\` | $what | $schedule | $random |"
+    echo "$line"
+    # In place of its row, or behind the last.
+    awk -v name="$mutant" -v line="$line" '
+        { lines[NR] = $0 }
+        /^\| (`|---)/ { last = NR }
+        index($0, "| `" name "` |") == 1 { own = NR }
+        END {
+            for (n = 1; n <= NR; n++) {
+                print n == own ? line : lines[n]
+                if (n == last && !own) print line
+            }
+        }
+    ' "$table" > "$table.new"
+    mv "$table.new" "$table"
+    [ "$schedule$random" != -- ]
+}
+
+# --- all of it -----------------------------------------------------------------
+
+names=$(described | cut -f 1)
+listed=$(sed -n 's/^| `\([A-Z][A-Za-z0-9]*\)` | *\([^|]*[^ |]\) *|.*/\1\t\2/p' "$table")
+if [ $mode != record ] && ! diff <(described | sort) <(sort <<< "$listed") >&2; then
+    die "src/mutants.rs (<) and $table (>) list different mutants"
+fi
+[ $# -gt 0 ] || set -- $names
+for name in "$@"; do
+    grep -qx -- "$name" <<< "$names" || die "there is no mutant $name"
+done
+
+export CARGO_TARGET_DIR=$PWD/target/mutants
+export RUSTFLAGS="${RUSTFLAGS:+$RUSTFLAGS }--cfg qcow2rs_mutants"
+cargo test --test crash --no-run
+suite=$(cargo test --test crash --no-run --message-format json 2> /dev/null |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+[ -x "$suite" ] || die 'the tests were built, but where?'
+
+if [ $mode = all ]; then
+    "$suite" > "$output" 2>&1 || die "the suite fails without any mutant: $(cat "$output")"
+    tail -n 2 "$output"
+fi
+survivors=''
+for name in "$@"; do
+    case $mode in
+    table) by_table "$name" ;;
+    all) by_all "$name" ;;
+    record) record "$name" ;;
+    esac || survivors+=" $name"
+    rm -rf "$CARGO_TARGET_DIR"/tmp/crash-*
+done
+[ -z "$survivors" ] || die "not found:$survivors"
+echo "all $# mutants are found"

@@ -1,0 +1,207 @@
+//! Bugs seeded on purpose, to see that the tests find them.
+//!
+//! A build with `RUSTFLAGS="--cfg qcow2rs_mutants"` has all of them, and the
+//! environment variable `QCOW2RS_MUTANT` chooses the one that is awake; no other
+//! build has any: there `mutant!(X)` is the word `false`, and `mutant!(X => ...)`
+//! is nothing at all. `scripts/mutants.sh` runs the tests against each of them;
+//! the table of what finds which is in `docs/crash-simulation.md`.
+
+/// `mutant!(X, Y)`: whether the driver has one of the bugs `X` and `Y` now.
+/// `mutant!(X => statements)`: what it does then.
+#[cfg(qcow2rs_mutants)]
+macro_rules! mutant {
+    ($($name:ident),+) => {
+        [$($crate::mutants::Mutant::$name),+].iter().any(|mutant| mutant.is_awake())
+    };
+    ($name:ident => $($statements:tt)*) => {
+        if mutant!($name) {
+            $($statements)*
+        }
+    };
+}
+
+#[cfg(not(qcow2rs_mutants))]
+macro_rules! mutant {
+    ($($name:ident),+) => {
+        false
+    };
+    ($name:ident => $($statements:tt)*) => {};
+}
+
+#[cfg(qcow2rs_mutants)]
+macro_rules! define {
+    ($($(#[doc = $what:literal])+ $name:ident,)+) => {
+        /// A seeded bug.
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Mutant {
+            $($(#[doc = $what])+ $name,)+
+        }
+
+        const ALL: &[(&str, Mutant)] = &[$((stringify!($name), Mutant::$name),)+];
+    };
+}
+
+#[cfg(qcow2rs_mutants)]
+impl Mutant {
+    /// Whether it is the one that is awake.
+    pub(crate) fn is_awake(self) -> bool {
+        use std::sync::OnceLock;
+        static CHOSEN: OnceLock<Option<Mutant>> = OnceLock::new();
+        let chosen = CHOSEN.get_or_init(|| {
+            let name = std::env::var("QCOW2RS_MUTANT").ok().filter(|name| !name.is_empty())?;
+            let known = ALL.iter().find(|(known, _)| *known == name);
+            // A name with a slip in it must not pass for a driver without bugs.
+            Some(known.unwrap_or_else(|| panic!("QCOW2RS_MUTANT: there is no {name}")).1)
+        });
+        *chosen == Some(self)
+    }
+}
+
+#[cfg(qcow2rs_mutants)]
+define! {
+    // The order on disk.
+    /// A flush writes entries without a sync before them.
+    NoSyncBeforeEntries,
+    /// A flush takes what its entries drop for durable without a sync after them.
+    NoSyncAfterEntries,
+    /// Raised refcounts are written when the image is closed, not before the entries.
+    RefcountsLeftForClose,
+    /// A flush writes the entries first and the raised refcounts behind them.
+    EntriesBeforeRefcounts,
+    /// A flush syncs first and copies what is dirty afterwards.
+    CopiedAfterSync,
+    /// A flush joins one that began before the call.
+    FlushJoinsEarlier,
+    /// Data written in place does not make the next flush sync.
+    WriteInPlaceNotSynced,
+    /// A flush that fails or is given up forgets that it still owed a sync.
+    FailedFlushForgetsSync,
+    /// A flush that does not come to its end, or a write-back that only makes room,
+    /// forgets what its entries freed.
+    FailedFlushForgetsFreed,
+    /// A flush that fails or is given up forgets the L1 entries that it took.
+    FailedFlushForgetsL1,
+    /// A flush that fails or is given up forgets the L2 slices that it took.
+    FailedFlushForgetsSlices,
+    /// A durable write (FUA) returns without a flush.
+    FuaIgnored,
+    /// An error from a sync is returned once; the next flush succeeds.
+    SyncFailureForgotten,
+    /// Syncs run side by side, so one may hide the failure of another.
+    SyncsSideBySide,
+    /// Dirty slices leave a full cache without sync or refcounts before them.
+    EvictionWithoutOrder,
+    /// What dirty slices drop is free as soon as they have left a full cache.
+    EvictionFreesClusters,
+    /// An extended L2 entry is written to disk in two halves of eight bytes.
+    EntryWrittenInHalves,
+    /// Autoclear bits are cleared without a sync before anything changes.
+    AutoclearNotSynced,
+
+    // New metadata.
+    /// A refcount block is named before a sync has made it durable.
+    NoSyncBeforeNewBlock,
+    /// The header names a larger refcount table before a sync.
+    NoSyncBeforeTableSwitch,
+    /// The old refcount table is freed before the header's switch is durable.
+    NoSyncAfterTableSwitch,
+    /// Two write-backs of refcounts may overtake each other.
+    RefcountWritesOvertake,
+    /// The file is not extended before pointers lead past its end.
+    FileNotExtended,
+    /// A new L2 table is named before its content is in place.
+    TableNamedBeforeContent,
+    /// A new L2 table in a cluster that was used before is not zeroed.
+    NewTableNotZeroed,
+    /// An L2 table that a snapshot shares is changed without being copied.
+    SharedTableNotCopied,
+    /// The old L2 table is freed before there is a new one.
+    TableFreedBeforeReplaced,
+
+    // Clusters between two lives.
+    /// What was freed may be used again at once.
+    NoLimbo,
+    /// What is freed while a flush runs is released at the end of that flush.
+    FreedDuringFlushReleased,
+    /// What was freed may be used again while requests that know it are under way.
+    LimboIgnoresReaders,
+    /// A write in place does not enter the epoch.
+    WriteOutsideEpoch,
+    /// A read does not enter the epoch (of compressed clusters, too).
+    ReadOutsideEpoch,
+    /// Clusters that could not be released are forgotten.
+    FailedReleaseForgets,
+    /// A freed cluster is on its way to reuse before its hole is punched.
+    LatePunch,
+    /// A shared or compressed cluster is freed before its replacement is secured.
+    FreedBeforeReplaced,
+    /// A cluster given back by a request that was given up is used at once, though
+    /// its write may be under way.
+    AbandonedReused,
+
+    // Allocation.
+    /// A cluster that is used again is taken for zero.
+    UsedTakenForFresh,
+    /// A cluster that was given back is taken for zero.
+    ReturnedTakenForFresh,
+    /// Refcounts of a run stay raised if the file cannot be extended.
+    RunNotRolledBack,
+    /// A write that fails keeps its clusters.
+    FailedWriteKeepsCluster,
+    /// What is freed during a search for free clusters is not found by the next.
+    SearchForgetsFreed,
+    /// Metadata that counts as free is written over.
+    MetadataNotProtected,
+    /// Corruption is not written down in the header.
+    CorruptBitNotSet,
+
+    // Lazy refcounts.
+    /// The image is not marked dirty while its refcounts lag behind.
+    DirtyBitNotSet,
+    /// The image is marked dirty after the entries that its refcounts lag behind.
+    DirtyBitLate,
+    /// A close clears the dirty bit before the refcounts are written.
+    CleanedBeforeRefcounts,
+    /// The dirty bit is cleared while repaired refcounts are not durable.
+    RepairNotSynced,
+
+    // Requests that meet.
+    /// A write of unallocated clusters claims nothing.
+    WriteClaimsNothing,
+    /// A write that replaces a shared or compressed cluster claims nothing.
+    ReplaceClaimsNothing,
+    /// A discard of whole clusters claims nothing.
+    DiscardClaimsNothing,
+    /// A discard of subclusters claims nothing.
+    SubclusterDiscardClaimsNothing,
+    /// A zero write of whole clusters claims nothing.
+    ZeroClaimsNothing,
+    /// The making of an L2 table claims nothing.
+    TableClaimsNothing,
+    /// An L2 entry changes in two steps that others see.
+    EntryChangedInHalves,
+    /// A change of a slice that is being written back is forgotten.
+    ChangeDuringWriteForgotten,
+    /// A dirty slice may leave the cache unwritten.
+    DirtySliceEvicted,
+    /// A slice read before a write-back may enter the cache after it.
+    StaleSliceAccepted,
+
+    // What a request does.
+    /// Subclusters are allocated in the entry before their data is written.
+    AllocatedBeforeData,
+    /// What a write does not cover of its subclusters is not copied.
+    EdgesNotCopied,
+    /// Zeroes over a backing file leave unallocated what was unallocated.
+    ZeroShowsBacking,
+    /// A discard leaves a hole that shows the backing file.
+    DiscardShowsBacking,
+    /// A cluster that a snapshot shares is written in place.
+    SharedWrittenInPlace,
+    /// The entry of a shared cluster says that it is not shared (COPIED).
+    SharedMarkedCopied,
+    /// A discard punches a cluster that a snapshot shares.
+    SharedPunched,
+    /// A hole is rounded out to the blocks of the host, over its neighbours.
+    HoleRoundedOut,
+}
