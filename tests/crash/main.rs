@@ -4,6 +4,7 @@
 #![allow(dead_code)] // Workloads to come use the rest of the tools.
 
 mod builder;
+mod exhaustive;
 mod imagecheck;
 mod imagecheck_tests;
 mod layout;

@@ -4,7 +4,7 @@
 //! A scene plays each schedule with several seeds: what the schedule leaves open
 //! (which other operation goes first, what a crash spares) the seed decides.
 
-mod scene;
+pub mod scene;
 
 mod cancel;
 mod durability;

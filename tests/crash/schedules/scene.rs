@@ -107,7 +107,7 @@ impl Scene {
     }
 
     /// Opens the image of a disk on which the oracle knows what to find.
-    fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
+    pub fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
         let image = disk.block_on(open(&disk, config)).expect("the image can be opened");
         let (qemu_every, crashes) = (Cell::new(0), Cell::new(0));
         let scenario = Scenario { config: config.clone(), seed, qemu_every, crashes };
@@ -117,6 +117,13 @@ impl Scene {
     /// Panics, with all that helps to understand.
     pub fn fail(&self, what: impl Into<String>) -> ! {
         panic!("{}", self.scenario.report(&Failure::on(&self.disk, what.into())))
+    }
+
+    /// As `fail`, for what was found on a disk that a crash left.
+    pub fn fail_on(&self, after: &SimDisk, what: String) -> ! {
+        let mut failure = Failure::on(after, what);
+        failure.add(&self.disk);
+        panic!("{}", self.scenario.report(&failure))
     }
 
     fn ok<T>(&self, result: std::result::Result<T, String>) -> T {
@@ -364,7 +371,7 @@ impl Scene {
 
 /// Looks at an image with other code than the driver's: sound, and holding what
 /// it may hold. Gives what it holds.
-fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, String> {
+pub fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, String> {
     let file = disk.file("image").expect("there is an image");
     let faults = imagecheck::check(&*file).faults();
     if !faults.is_empty() {
