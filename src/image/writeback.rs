@@ -10,7 +10,11 @@
 //! Nothing durable ever points to what is not: the copies of what is dirty are
 //! taken *before* the first sync, so each pointer in them is to data that was
 //! written before. Nothing is reused before every pointer to it is durably gone.
-//! A flush with nothing to point to needs the first sync only.
+//! A flush with nothing to point to needs the first sync only. One whose pointers
+//! depend on nothing that is not durable needs the last one only: they drop what
+//! they pointed to, or lead to fresh clusters where the guest's zeroes were, so that
+//! a power loss that spares a pointer and not the data changes nothing. (Whatever
+//! else a pointer depends on calls `need_order` before it is changed.)
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -37,6 +41,8 @@ struct Pass<'a> {
     slices: WriteBack<'a>,
     l1: &'a L1Table,
     entries: Vec<(usize, u64)>,
+    /// What the pointers depend on is not durable yet.
+    ordered: bool,
     owes_sync: bool,
 }
 
@@ -47,8 +53,11 @@ impl<'a> Pass<'a> {
         let dropped = writing.allocator.limbo.take_announced();
         let slices = image.l2.take_dirty();
         let entries = image.l1.take_dirty();
-        let mut pass = Pass { writing, dropped, slices, l1: &image.l1, entries, owes_sync: false };
+        let (l1, ordered, owes_sync) = (&image.l1, false, false);
+        let mut pass = Pass { writing, dropped, slices, l1, entries, ordered, owes_sync };
         pass.owes_sync = pass.has_pointers();
+        // After the copies were taken; and only by who makes them follow.
+        pass.ordered = pass.has_pointers() && writing.allocator.take_order();
         pass
     }
 
@@ -59,7 +68,7 @@ impl<'a> Pass<'a> {
     /// All of it is durable: returns what it dropped.
     fn complete(mut self) -> Vec<Freed> {
         self.entries.clear();
-        self.owes_sync = false;
+        (self.ordered, self.owes_sync) = (false, false);
         std::mem::take(&mut self.dropped)
     }
 }
@@ -68,6 +77,9 @@ impl Drop for Pass<'_> {
     fn drop(&mut self) {
         self.writing.allocator.limbo.put_back(std::mem::take(&mut self.dropped));
         self.l1.put_back(&self.entries);
+        if self.ordered {
+            self.writing.allocator.need_order();
+        }
         if self.owes_sync {
             self.writing.needs_sync.store(true, SeqCst);
         }
@@ -135,7 +147,10 @@ impl Qcow2 {
         if pass.has_pointers() {
             allocator.refcounts.write_back(engine, &self.storage).await?;
         }
-        allocator.barrier(engine, &self.storage).await?;
+        if pass.ordered || !pass.has_pointers() {
+            allocator.barrier(engine, &self.storage).await?;
+            pass.ordered = false;
+        }
         while let Some(slice) = pass.slices.next() {
             let (offset, bytes) = (slice.key.get(), slice.bytes.len() as u64);
             allocator.overlap.check_table(offset, bytes, Metadata::L2)?;

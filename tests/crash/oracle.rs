@@ -196,31 +196,22 @@ impl Oracle {
         sectors.map(|(sector, bytes)| self.judge(sector, bytes, |event| event.durable)).collect()
     }
 
-    /// The same for two oracles that allow the same after a crash.
+    /// The same for two disks that may hold the same after a crash, if nobody reads.
     pub fn fingerprint(&self) -> u64 {
         let mix = |hash: u64, word: Word| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut all = 0;
-        for sector in 0..self.sectors.len() as u64 {
-            let mut words: Vec<Word> = self.possible(sector, |event| event.durable).collect();
-            words.sort_unstable();
-            words.dedup();
-            all = words.into_iter().fold(mix(all, sector).rotate_left(23), mix);
+        let mut all = 0u64;
+        for events in &self.sectors {
+            all = all.rotate_left(23);
+            match &events[..] {
+                [event] => all = mix(all, event.value),
+                _ => {
+                    // No older event is left that a crash could not bring back.
+                    let words: BTreeSet<Word> = events.iter().map(|event| event.value).collect();
+                    all = words.into_iter().fold(!all, mix);
+                }
+            }
         }
         all
-    }
-
-    /// What the sector may hold, where events that `overwrites` says so of have
-    /// surely replaced what had ended before they began.
-    fn possible(
-        &self,
-        sector: u64,
-        overwrites: impl Fn(&Event) -> bool,
-    ) -> impl Iterator<Item = Word> {
-        let events = &self.sectors[sector as usize];
-        let over = events.iter().filter(|event| event.sure && overwrites(event));
-        let bar = over.map(|event| event.issued).max().unwrap_or(0);
-        let possible = events.iter().filter(move |event| event.ended.is_none_or(|at| at > bar));
-        possible.map(|event| event.value)
     }
 
     /// Whether the sector may hold this, where events that `overwrites` says so
@@ -231,7 +222,11 @@ impl Oracle {
         bytes: &[u8],
         overwrites: impl Fn(&Event) -> bool,
     ) -> Result<Word, String> {
-        let words: Vec<Word> = self.possible(sector, overwrites).collect();
+        let events = &self.sectors[sector as usize];
+        let over = events.iter().filter(|event| event.sure && overwrites(event));
+        let bar = over.map(|event| event.issued).max().unwrap_or(0);
+        let possible = events.iter().filter(|event| event.ended.is_none_or(|ended| ended > bar));
+        let words: Vec<Word> = possible.map(|event| event.value).collect();
         let found = decode(bytes);
         match found {
             Ok(word) if words.contains(&word) => Ok(word),

@@ -64,11 +64,6 @@ impl Failure {
     pub fn on(disk: &SimDisk, what: String) -> Failure {
         Failure { what, disks: vec![disk.clone()] }
     }
-
-    /// The disk that those so far came from, by a crash.
-    pub fn add(&mut self, disk: &SimDisk) {
-        self.disks.push(disk.clone());
-    }
 }
 
 /// Something went wrong in this life or in one that followed.
@@ -249,7 +244,7 @@ impl Scenario {
         life.pass().map_err(|trouble| match trouble {
             Trouble::Here(what) => Failure::on(&disk, what),
             Trouble::Later(mut failure) => {
-                failure.add(&disk);
+                failure.disks.push(disk);
                 failure
             }
         })

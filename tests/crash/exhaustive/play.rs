@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use qcow2rs::ErrorKind;
 use qcow2rs::io::sim::{Outcome, Rng, SimDisk, Task};
@@ -44,6 +45,13 @@ impl fmt::Display for Totals {
         write!(f, "{sequences} sequences, {crashes} crash images: {distinct} distinct")?;
         write!(f, ", {judged} with what is expected of them")
     }
+}
+
+/// Puts the image that a crash left into a file; what to tell of it.
+fn keep(after: &SimDisk) -> String {
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("after-power-loss");
+    let dumped = after.file("image").map(|file| file.dump(&path));
+    format!("{} ({dumped:?}) is what was left", path.display())
 }
 
 /// Plays sequences on a stage, and remembers what it has seen.
@@ -143,8 +151,8 @@ impl<'a> Player<'a> {
             if let Err(what) = looked {
                 self.judged.remove(&(remains.fingerprint, expected));
                 let step = scene.disk.step();
-                let found = stake.disk(&remains);
-                scene.fail_on(&found, format!("after a power loss at step {step}: {what}"));
+                let kept = keep(&stake.disk(&remains));
+                scene.fail(format!("after a power loss at step {step}: {what}\n{kept}"));
             }
             if is_new {
                 self.sound.insert(remains.fingerprint);

@@ -161,7 +161,8 @@ impl Stage {
     fn fragmented(self) -> Stage {
         let scene = self.begin();
         let clusters = self.config.kind.clusters();
-        let near_edges: Vec<u64> = (0..clusters).filter(|n| is_near_edge(n, clusters)).collect();
+        let whole = 0..clusters - 1;
+        let near_edges: Vec<u64> = whole.filter(|n| is_near_edge(*n, clusters)).collect();
         let half = near_edges.len() / 2;
         scene.play(async {
             // What is written in between is freed at the end.
@@ -198,8 +199,8 @@ pub fn snapshot_of(disk: &SimDisk) -> Vec<u8> {
 }
 
 /// Whether a cluster is near an edge that operations are about.
-fn is_near_edge(cluster: &u64, clusters: u64) -> bool {
-    *cluster < 4 || *cluster + 9 > clusters
+fn is_near_edge(cluster: u64, clusters: u64) -> bool {
+    cluster < 4 || cluster + 9 > clusters
 }
 
 /// What a cluster holds at first; puts down its words.
@@ -210,7 +211,7 @@ fn content(
     words: &mut [Word],
     data: &[Word],
 ) -> Cluster {
-    if !is_near_edge(&cluster, kind.clusters()) {
+    if !is_near_edge(cluster, kind.clusters()) {
         return Cluster::Nothing;
     }
     let mut bytes = fill(data.iter().copied());
@@ -223,6 +224,7 @@ fn content(
         State::BackingLonger if cluster % 3 == 2 => store = all,
         State::BackingLonger if cluster % 3 == 1 && !version_2 => zero = all,
         State::BackingLonger => return Cluster::Nothing,
+        State::Full(_) if cluster % 2 == 1 => return Cluster::Nothing,
         State::Populated | State::Full(_) => store = all,
         State::Snapshot if cluster % 4 != 3 => store = all,
         State::Compressed | State::Snapshot => {

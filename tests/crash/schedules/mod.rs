@@ -9,7 +9,9 @@ pub mod scene;
 mod cancel;
 mod durability;
 mod exhaustion;
+mod growth;
 mod races;
+mod syncs;
 mod zeroes;
 
 use super::builder::Kind;

@@ -119,13 +119,6 @@ impl Scene {
         panic!("{}", self.scenario.report(&Failure::on(&self.disk, what.into())))
     }
 
-    /// As `fail`, for what was found on a disk that a crash left.
-    pub fn fail_on(&self, after: &SimDisk, what: String) -> ! {
-        let mut failure = Failure::on(after, what);
-        failure.add(&self.disk);
-        panic!("{}", self.scenario.report(&failure))
-    }
-
     fn ok<T>(&self, result: std::result::Result<T, String>) -> T {
         result.unwrap_or_else(|what| self.fail(what))
     }
@@ -371,7 +364,7 @@ impl Scene {
 
 /// Looks at an image with other code than the driver's: sound, and holding what
 /// it may hold. Gives what it holds.
-pub fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, String> {
+fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, String> {
     let file = disk.file("image").expect("there is an image");
     let faults = imagecheck::check(&*file).faults();
     if !faults.is_empty() {
