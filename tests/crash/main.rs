@@ -10,6 +10,7 @@ mod imagecheck_tests;
 mod layout;
 mod oracle;
 mod qemu;
+mod queues;
 mod random;
 mod scenario;
 mod schedules;

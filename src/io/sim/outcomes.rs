@@ -65,9 +65,8 @@ fn hash(sector: u64, bytes: &[u8]) -> u64 {
 
 fn sum_of(content: &Content) -> u64 {
     let pages = content.durable.iter();
-    let sectors = pages.flat_map(|(offset, page)| {
-        (offset / SECTOR..).zip(page.chunks_exact(SECTOR as usize))
-    });
+    let sectors = pages
+        .flat_map(|(offset, page)| (offset / SECTOR..).zip(page.chunks_exact(SECTOR as usize)));
     sectors.fold(0, |sum, (sector, bytes)| sum.wrapping_add(hash(sector, bytes)))
 }
 
@@ -123,9 +122,7 @@ impl SimDisk {
     pub fn sync_due(&self, name: &str) -> Option<u64> {
         let world = self.world();
         let file = world.files.iter().position(|file| file.name == name)?;
-        let due = |op: &Op| {
-            op.file == file && op.kind == OpKind::Sync && op.state == State::Issued
-        };
+        let due = |op: &Op| op.file == file && op.kind == OpKind::Sync && op.state == State::Issued;
         world.ops.iter().find(|(_, op)| due(op)).map(|(id, _)| *id)
     }
 }

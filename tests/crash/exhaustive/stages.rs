@@ -22,9 +22,8 @@ fn kinds() -> Vec<(&'static str, Kind)> {
         let kind = Kind { cluster, refcount_bits, ..SMALL };
         sized(kind)
     };
-    let extended = |cluster, refcount_bits| {
-        sized(Kind { extended_l2: true, cluster, refcount_bits, ..SMALL })
-    };
+    let extended =
+        |cluster, refcount_bits| sized(Kind { extended_l2: true, cluster, refcount_bits, ..SMALL });
     vec![
         ("std512", of(512, 16)),
         ("std512-1", of(512, 1)),
@@ -204,13 +203,7 @@ fn is_near_edge(cluster: u64, clusters: u64) -> bool {
 }
 
 /// What a cluster holds at first; puts down its words.
-fn content(
-    kind: &Kind,
-    state: State,
-    cluster: u64,
-    words: &mut [Word],
-    data: &[Word],
-) -> Cluster {
+fn content(kind: &Kind, state: State, cluster: u64, words: &mut [Word], data: &[Word]) -> Cluster {
     if !is_near_edge(cluster, kind.clusters()) {
         return Cluster::Nothing;
     }

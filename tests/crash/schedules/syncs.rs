@@ -115,7 +115,11 @@ fn zeroes_that_make_way_and_data_where_zeroes_were_cost_one_sync() {
             assert_eq!(syncs(&scene, scene.zero(at(8 + STORED), true)), 1, "unmapped");
             assert_eq!(syncs(&scene, scene.discard(at(8 + COMPRESSED))), 1, "discarded");
             let new = at(NOTHING);
-            assert_eq!(syncs(&scene, scene.write(new.start..new.start + 1)), 1, "where zeroes were");
+            assert_eq!(
+                syncs(&scene, scene.write(new.start..new.start + 1)),
+                1,
+                "where zeroes were"
+            );
             assert_eq!(syncs(&scene, scene.write(at(8 + NOTHING))), 1, "a cluster");
             let mixed = async {
                 scene.write(at(16 + NOTHING)).await?;
@@ -141,9 +145,8 @@ fn the_first_flush_after_refcounts_were_raised_syncs_twice() {
         let kind = kinds()[0];
         // Counts of 64 bits: a run is at most a slice of 512 counts long.
         let scene = Scene::new(&roomy(kind), seed, |_| Before::Nothing);
-        let counts: Vec<u64> = (0..8)
-            .map(|cluster| syncs(&scene, scene.write(scene.cluster(cluster))))
-            .collect();
+        let counts: Vec<u64> =
+            (0..8).map(|cluster| syncs(&scene, scene.write(scene.cluster(cluster)))).collect();
         assert_eq!(counts, [2, 1, 1, 1, 1, 1, 1, 1]);
         scene.crash(1);
         scene.close();
