@@ -157,6 +157,10 @@ fn run(seed: u64, index: usize, config: &Config) {
 fn play(change: impl Fn(&mut Config)) {
     for_seeds("crash", 6, |seed| {
         for (index, kind) in kinds().into_iter().enumerate() {
+            // Those of large disks take long.
+            if kind.size > 1 << 20 && seed % 3 != 1 {
+                continue;
+            }
             let mut config = Config { cache: (2 * SLICE, SLICE), ..config(kind) };
             change(&mut config);
             run(seed, index, &config);
