@@ -90,6 +90,9 @@ fn data_is_durable_before_an_entry_leads_to_where_other_data_was() {
                 scene.file().set_options(|options| options.punch = false);
                 scene.discard(0..scene.cluster(4).start).await.unwrap();
                 scene.settle().await.unwrap();
+                // From here on the clusters are counted durably: nothing but the data
+                // asks for order.
+                scene.write_fua(scene.cluster(9), true).await.unwrap();
             });
             scene.run_crashing(
                 1,
@@ -116,6 +119,7 @@ fn an_entry_that_changes_while_a_flush_syncs_waits_for_the_next_flush() {
                 scene.file().set_options(|options| options.punch = false);
                 scene.discard(0..scene.cluster(4).start).await.unwrap();
                 scene.settle().await.unwrap();
+                scene.write_fua(scene.cluster(10), true).await.unwrap();
                 scene.write(scene.cluster(8)).await.unwrap();
             });
             let hold = scene.hold(OpKind::Sync);
@@ -164,6 +168,28 @@ fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
             scene.crash(2);
             scene.close();
         }
+    });
+}
+
+#[test]
+fn a_shared_table_is_copied_durably_also_where_only_a_discard_needs_a_copy() {
+    play(|seed| {
+        let config = config(Kind { snapshot: true, ..tiny().kind });
+        let scene = Scene::new(&config, seed, |_| Before::Stored);
+        let clusters = config.kind.clusters();
+        // The clusters are counted durably: nothing but the copies asks for order.
+        scene.play(scene.write_fua(0..1, true)).unwrap();
+        scene.run_crashing(
+            1,
+            vec![Task::new("guest", async {
+                for cluster in [clusters / 4, clusters / 2, clusters * 3 / 4] {
+                    scene.discard(scene.cluster(cluster)).await.unwrap();
+                    scene.flush().await.unwrap();
+                }
+            })],
+        );
+        scene.crash(1);
+        scene.close();
     });
 }
 

@@ -55,10 +55,8 @@ fn writes_and_discards_reach_a_steady_size_and_give_all_of_it_back() {
     for_seeds("crash", 1, |seed| {
         // What is live lies in the first run ever reserved: up to the last cluster
         // that one slice of 64 counts counts, or of 1 MiB.
-        let cases: [(Config, Range<u64>, fn(u64) -> u64); 2] = [
-            (tiny(), 0..20, |_| 64 * 512),
-            (small_extended(), 0..4, |empty| empty + (1 << 20)),
-        ];
+        let cases: [(Config, Range<u64>, fn(u64) -> u64); 2] =
+            [(tiny(), 0..20, |_| 64 * 512), (small_extended(), 0..4, |empty| empty + (1 << 20))];
         for (config, clusters, expected) in cases {
             let scene = Scene::new(&config, seed, |_| Before::Nothing);
             let empty = scene.file().length();

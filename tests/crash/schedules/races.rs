@@ -2,7 +2,9 @@
 
 use qcow2rs::io::sim::{Hold, OpKind, Pattern, Stage, Task};
 
+use super::super::builder::Kind;
 use super::super::layout::Kind as EntryKind;
+use super::super::random::config;
 use super::super::scenario::Config;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
@@ -195,7 +197,10 @@ fn a_read_does_not_see_what_its_cluster_is_used_for_next() {
 #[test]
 fn a_write_that_comes_while_its_cluster_is_discarded_is_not_undone() {
     play(|seed| {
-        for config in [tiny(), extended()] {
+        // One that keeps its host cluster, and fills it while it becomes a hole.
+        let kind = Kind { cluster: 4096, size: 256 << 10, ..tiny().kind };
+        let keeps = Config { discard_keeps: true, ..config(kind) };
+        for config in [tiny(), extended(), keeps] {
             let at = |cluster| if cluster == G { Before::Stored } else { Before::Nothing };
             let scene = Scene::new(&config, seed, at);
             let hold = scene.hold(OpKind::Punch);
