@@ -47,10 +47,10 @@ fn a_flush_that_is_given_up_does_not_take_the_order_with_it() {
             scene.settle().await.unwrap();
             scene.write_fua(scene.cluster(70), true).await.unwrap();
         });
-        for point in 1..10 {
+        for number in 1..POINTS {
             scene.play(async {
-                scene.write(scene.cluster(70 + point)).await.unwrap();
-                give_up_after(point, scene.flush()).await;
+                scene.write(scene.cluster(70 + number)).await.unwrap();
+                give_up_after(1 + number % 3, scene.flush()).await;
             });
             scene.run_crashing(1, vec![Task::new("next", async { scene.flush().await.unwrap() })]);
         }

@@ -194,6 +194,33 @@ fn a_shared_table_is_copied_durably_also_where_only_a_discard_needs_a_copy() {
 }
 
 #[test]
+fn a_table_where_other_data_was_is_empty_before_it_is_pointed_to() {
+    play(|seed| {
+        let at = |cluster| if cluster < 40 { Before::Stored } else { Before::Nothing };
+        let scene = Scene::new(&tiny(), seed, at);
+        let clusters = scene.config().kind.clusters();
+        scene.play(async {
+            scene.file().set_options(|options| options.punch = false);
+            scene.discard(0..scene.cluster(20).start).await.unwrap();
+            scene.settle().await.unwrap();
+            scene.write_fua(scene.cluster(41), true).await.unwrap();
+        });
+        scene.run_crashing(
+            1,
+            vec![Task::new("guest", async {
+                // Only the tables are new: nothing is pointed to from them.
+                for cluster in [clusters / 4, clusters / 2, clusters * 3 / 4] {
+                    scene.zero(scene.cluster(cluster), true).await.unwrap();
+                    scene.flush().await.unwrap();
+                }
+            })],
+        );
+        scene.crash(1);
+        scene.close();
+    });
+}
+
+#[test]
 fn a_larger_refcount_table_is_durable_before_the_header_names_it() {
     play(|seed| {
         let config = config(Kind { crowded: true, ..tiny().kind });
