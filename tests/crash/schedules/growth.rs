@@ -55,7 +55,7 @@ fn writes_and_discards_reach_a_steady_size_and_give_all_of_it_back() {
     for_seeds("crash", 1, |seed| {
         // What is live lies in the first run ever reserved: as many clusters as a slice
         // of 64 counts has left, or 1 MiB.
-        let cases = [(tiny(), 0..20, 40 * 512), (small_extended(), 0..4, 1 << 20)];
+        let cases = [(tiny(), 0..20, 60 * 512), (small_extended(), 0..4, 1 << 20)];
         for (config, clusters, first_run) in cases {
             let scene = Scene::new(&config, seed, |_| Before::Nothing);
             let empty = scene.file().length();
