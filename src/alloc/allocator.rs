@@ -7,7 +7,7 @@
 //! closed is given back; after a crash it is a leak, never corruption.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::epoch::Epochs;
@@ -48,6 +48,8 @@ pub struct Allocator {
     pub health: Arc<Health>,
     /// No cluster from this byte on was ever given out.
     untouched_from: AtomicU64,
+    /// Something was done that has to be durable before pointers are written.
+    order_needed: AtomicBool,
     allocated: AtomicU64,
     freed: AtomicU64,
 }
@@ -79,6 +81,8 @@ pub struct Allocation<'a> {
     allocator: &'a Allocator,
     clusters: Range<u64>,
     fresh: bool,
+    /// The file reaches over them.
+    inside: bool,
 }
 
 impl Allocation<'_> {
@@ -96,6 +100,13 @@ impl Allocation<'_> {
     /// Whether their bytes are known to be zero, also after a power loss.
     pub fn is_fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// Whether a pointer to them does no harm before anything is written there: they
+    /// are fresh, and the file reaches over them. (That it does so durably, and
+    /// that their refcounts are raised durably, `order_needed` sees to.)
+    pub fn may_be_pointed_to(&self) -> bool {
+        self.fresh && self.inside
     }
 
     /// Something points to the clusters now.
@@ -164,6 +175,7 @@ impl Allocator {
             }),
             refilling: AsyncMutex::new(()),
             syncing: AsyncMutex::new(()),
+            order_needed: AtomicBool::new(false),
             refcounts,
             limbo: Limbo::default(),
             epochs: Epochs::default(),
@@ -220,7 +232,7 @@ impl Allocator {
         if let Some(cluster) = state.returned.pop() {
             let clusters = cluster..cluster + 1;
             let fresh = mutant!(ReturnedTakenForFresh);
-            return Some(Allocation { allocator: self, clusters, fresh });
+            return Some(Allocation { allocator: self, clusters, fresh, inside: false });
         }
         if state.run.is_empty() {
             return None;
@@ -229,7 +241,8 @@ impl Allocator {
         let clusters = state.run.start..end;
         state.run.start = end;
         self.note_untouched(&state);
-        Some(Allocation { allocator: self, clusters, fresh: state.run_is_fresh })
+        let inside = end <= state.file_length >> self.geometry.cluster_bits;
+        Some(Allocation { allocator: self, clusters, fresh: state.run_is_fresh, inside })
     }
 
     /// Allocates between 1 and `want` neighbouring clusters; `NoSpace` if there
@@ -341,7 +354,8 @@ impl Allocator {
         run: Range<u64>,
     ) -> Result<()> {
         // If this is given up half way, they are unused until close.
-        let mut raised = Allocation { allocator: self, clusters: run.clone(), fresh: false };
+        let clusters = run.clone();
+        let mut raised = Allocation { allocator: self, clusters, fresh: false, inside: false };
         let start = run.start << self.geometry.cluster_bits;
         let bytes = (run.end - run.start) << self.geometry.cluster_bits;
         // A corrupt image may call clusters free that are not.
@@ -354,6 +368,8 @@ impl Allocator {
             return Err(error);
         }
         raised.clusters = 0..0;
+        // Before anybody gets a cluster of it.
+        self.need_order();
         let mut state = self.lock();
         state.run_is_fresh = run.start >= state.fresh_from || mutant!(UsedTakenForFresh);
         if state.run_is_fresh {
@@ -452,6 +468,18 @@ impl Allocator {
             }
         }
         words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    /// To be called before a pointer is changed to what was written, or to what is
+    /// counted or reached by the file, and need not be durable yet.
+    pub fn need_order(&self) {
+        self.order_needed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a sync has to come before the pointers that were copied before this
+    /// call; it has to come after this call.
+    pub fn take_order(&self) -> bool {
+        self.order_needed.swap(false, Ordering::SeqCst)
     }
 
     /// Syncs; a failure is for good. One at a time: the system tells of a failure

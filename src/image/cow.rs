@@ -139,6 +139,7 @@ impl Disk {
             }
             let zero = zero & !alloc;
             let new = Cluster::Standard { host, copied: true, alloc, zero };
+            part.writing.allocator.need_order();
             image.change(engine, part.table, cluster, 1, |_, _| Some(new)).await
         }
         .await;

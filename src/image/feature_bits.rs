@@ -51,16 +51,21 @@ impl Qcow2 {
         writing.features.get() | if corrupt { incompatible::CORRUPT } else { 0 }
     }
 
-    /// Says in the image that its refcounts may be stale; durable with the next sync.
-    pub(super) async fn mark_dirty<E: Engine>(&self, engine: &E, writing: &Writing) -> Result<()> {
+    /// Says in the image that its refcounts may be stale; durable with the next sync,
+    /// which is owed if this returns true.
+    pub(super) async fn mark_dirty<E: Engine>(
+        &self,
+        engine: &E,
+        writing: &Writing,
+    ) -> Result<bool> {
         let features = &writing.features;
         if features.dirty() {
-            return Ok(());
+            return Ok(false);
         }
         let _alone = features.writing.lock().await;
         write_word(engine, &self.storage, features.get() | incompatible::DIRTY).await?;
         features.word.fetch_or(incompatible::DIRTY, SeqCst);
-        Ok(())
+        Ok(true)
     }
 
     /// Takes that back, durably: all refcounts are right, and durable.

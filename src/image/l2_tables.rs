@@ -49,6 +49,9 @@ impl Qcow2 {
             }
         }
         .await;
+        if old.is_some() || !allocation.may_be_pointed_to() {
+            writing.allocator.need_order();
+        }
         keep_or_give_back(allocation, filled)?;
         // What is cached of that cluster, or being read of it, is from an earlier life.
         self.l2.forget(table, size);

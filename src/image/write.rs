@@ -79,6 +79,28 @@ enum Way {
     Replace,
 }
 
+/// What host clusters hold before they are filled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ground {
+    /// Anything.
+    Used,
+    /// They read as zero.
+    Fresh,
+    /// They read as zero, and an entry that points to them does no harm before that
+    /// is changed.
+    Zero,
+}
+
+impl Ground {
+    fn of(allocation: &Allocation<'_>) -> Ground {
+        match (allocation.may_be_pointed_to(), allocation.is_fresh()) {
+            (true, _) => Ground::Zero,
+            (false, true) => Ground::Fresh,
+            (false, false) => Ground::Used,
+        }
+    }
+}
+
 fn way(cluster: &Cluster, mask: Mask) -> Way {
     match *cluster {
         Cluster::None { .. } => Way::Allocate,
@@ -247,7 +269,7 @@ impl Disk {
         match way_of_first {
             Way::Fill(host) => {
                 self.shrink(&mut part, &mut claim, count);
-                self.fill(engine, &part, host, false).await?;
+                self.fill(engine, &part, host, Ground::Used).await?;
             }
             _ => {
                 let allocation = image.allocate(engine, count).await?;
@@ -275,9 +297,9 @@ impl Disk {
         let image = part.image;
         let geometry = image.geometry();
         let host = allocation.start()?;
-        let fresh = allocation.is_fresh();
+        let ground = Ground::of(&allocation);
         if !geometry.extended_l2 {
-            let written = self.fill(engine, part, host, fresh).await;
+            let written = self.fill(engine, part, host, ground).await;
             return keep_or_give_back(allocation, written);
         }
         // The host clusters are entered first, with no subcluster allocated: who
@@ -307,14 +329,14 @@ impl Disk {
                 _ => return Err(changed_under_claim()),
             };
             return match part.clusters() {
-                1 => self.fill(engine, part, host, false).await,
+                1 => self.fill(engine, part, host, Ground::Used).await,
                 _ => self.fill_each(engine, part).await,
             };
         }
         let all_taken = !taken.contains(&false);
         allocation.keep_only(|index| taken.get(index as usize).is_some_and(|taken| *taken));
         if all_taken {
-            return self.fill(engine, part, host, fresh).await;
+            return self.fill(engine, part, host, ground).await;
         }
         self.fill_each(engine, part).await
     }
@@ -338,7 +360,7 @@ impl Disk {
                 data: part.data.sub(done, len),
                 ..*part
             };
-            self.fill(engine, &one, host, false).await?;
+            self.fill(engine, &one, host, Ground::Used).await?;
             done += len;
         }
         Ok(())
@@ -346,17 +368,21 @@ impl Disk {
 
     /// Writes the data of a part, and what has to be copied at its edges, to host
     /// clusters of our own that begin at `host`; then says so in the entries.
-    /// `fresh`: they read as zero so far.
     pub(super) async fn fill<E: Engine>(
         &self,
         engine: &E,
         part: &Part<'_>,
         host: HostOffset,
-        fresh: bool,
+        ground: Ground,
     ) -> Result<()> {
         let geometry = part.image.geometry();
         let (first, start) = part.first();
-        let edges = self.edges(engine, part, fresh).await?;
+        let edges = self.edges(engine, part, ground != Ground::Used).await?;
+        // A power loss that spares the entry and not the data leaves what was there.
+        let harmless = ground == Ground::Zero
+            && edges.head.is_none()
+            && edges.tail.is_none()
+            && self.is_zero(engine, part.offset.0..part.end()).await?;
         let at = host.get() + start - edges.head.as_ref().map_or(0, Piece::len) as u64;
         let data = part.data.clone();
         part.writing.allocator.check_data(at, edges.bytes(&data))?;
@@ -366,6 +392,9 @@ impl Disk {
             (Some(head), None) => storage.write(engine, &[head, data], at).await?,
             (None, Some(tail)) => storage.write(engine, &[data, tail], at).await?,
             (Some(head), Some(tail)) => storage.write(engine, &[head, data, tail], at).await?,
+        }
+        if !harmless {
+            part.writing.allocator.need_order();
         }
         let mut unexpected = false;
         part.image

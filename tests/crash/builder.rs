@@ -50,6 +50,11 @@ impl Kind {
         if self.extended_l2 { 32 } else { 1 }
     }
 
+    /// How many have what is mapped: the disk, and a snapshot.
+    fn owners(&self) -> u64 {
+        1 + u64::from(self.snapshot)
+    }
+
     fn l1_entries(&self) -> u64 {
         self.clusters().div_ceil(self.cluster / self.l2_entry())
     }
@@ -106,9 +111,10 @@ impl Builder {
             Cluster::Compressed(bytes) => {
                 let mut packed = vec![0; size as usize - 1];
                 let len = deflate(&bytes, &mut packed).expect("it should be compressible") as u64;
-                // A refcount of one bit cannot say that two share a cluster.
+                // Narrow refcounts cannot say that several share a cluster.
+                let most = (u64::MAX >> (64 - self.kind.refcount_bits)) / self.kind.owners();
                 let fits = *cursor % size != 0 && *cursor % size + len <= size;
-                if !fits || self.kind.refcount_bits == 1 {
+                if !fits || self.refcounts[(*cursor / size) as usize] == most {
                     *cursor = self.take(size);
                 } else {
                     self.refcounts[(*cursor / size) as usize] += 1;
@@ -159,7 +165,7 @@ impl Builder {
     /// A snapshot of all that is mapped: the offset of the snapshot table.
     fn snapshot(&mut self, l1: &[u64]) -> u64 {
         for refcount in self.refcounts.iter_mut().skip(1) {
-            *refcount *= 2;
+            *refcount *= self.kind.owners();
         }
         let l1_offset = self.put_table(l1);
         let table = self.take(40 + 24 + 2);

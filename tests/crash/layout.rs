@@ -303,8 +303,18 @@ impl Refcounts {
 
     /// All clusters with a refcount other than 0.
     pub fn in_use(&self) -> impl Iterator<Item = (u64, u64)> {
-        let blocks = (0u64..).zip(&self.blocks).filter(|(_, block)| block.is_some());
-        let clusters = blocks.flat_map(|(n, _)| n * self.per_block..(n + 1) * self.per_block);
+        // Most of a block is zero: look at many counts at once.
+        const PART: usize = 64;
+        let parts = (0u64..).zip(&self.blocks).flat_map(|(n, block)| {
+            let parts = block.iter().flat_map(|block| block.chunks(PART));
+            let first = n * self.per_block;
+            (0u64..).zip(parts).map(move |(index, part)| (first, index, part))
+        });
+        let counts = PART as u64 * 8 / self.bits;
+        let used = parts.filter(|(_, _, part)| part.iter().any(|byte| *byte != 0));
+        let clusters = used.flat_map(move |(first, index, _)| {
+            first + index * counts..first + (index + 1) * counts
+        });
         clusters.map(|cluster| (cluster, self.get(cluster))).filter(|(_, count)| *count > 0)
     }
 }

@@ -4,11 +4,13 @@
 #![allow(dead_code)] // Workloads to come use the rest of the tools.
 
 mod builder;
+mod exhaustive;
 mod imagecheck;
 mod imagecheck_tests;
 mod layout;
 mod oracle;
 mod qemu;
+mod queues;
 mod random;
 mod scenario;
 mod schedules;

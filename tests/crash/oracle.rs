@@ -196,6 +196,24 @@ impl Oracle {
         sectors.map(|(sector, bytes)| self.judge(sector, bytes, |event| event.durable)).collect()
     }
 
+    /// The same for two disks that may hold the same after a crash, if nobody reads.
+    pub fn fingerprint(&self) -> u64 {
+        let mix = |hash: u64, word: Word| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut all = 0u64;
+        for events in &self.sectors {
+            all = all.rotate_left(23);
+            match &events[..] {
+                [event] => all = mix(all, event.value),
+                _ => {
+                    // No older event is left that a crash could not bring back.
+                    let words: BTreeSet<Word> = events.iter().map(|event| event.value).collect();
+                    all = words.into_iter().fold(!all, mix);
+                }
+            }
+        }
+        all
+    }
+
     /// Whether the sector may hold this, where events that `overwrites` says so
     /// of have surely replaced what had ended before they began.
     fn judge(

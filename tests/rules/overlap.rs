@@ -70,53 +70,52 @@ fn metadata_that_is_counted_as_free_is_not_given_out() {
     }
 }
 
-#[test]
-fn data_is_not_written_where_metadata_is() {
+/// Images whose cluster 1 is said to lie where metadata is: of each kind but the
+/// header, for offset 0 means that there is no host cluster.
+fn aliased(test: impl Fn(&str, u64, &PathBuf, &Dissected)) {
     for options in ["", "extended_l2=on"] {
         let scratch = Scratch::new();
         let path = image(&scratch, options);
         let sound = Dissected::load(&path);
-        // Offset 0 means that there is no host cluster.
         for (kind, offset) in places(&sound).into_iter().skip(1) {
             let mut patched = sound.clone();
             patched.set_entry(1, (offset | COPIED, sound.entry(1).1));
             patched.save();
-            let write = Op::Write { at: CLUSTER, len: 4 * KIB, byte: 9 };
-            let (outcome, after) = agreed(&path, write);
-            assert_eq!(outcome, CONDEMNED, "{kind}");
-            assert!(cluster_at(&after, offset) == cluster_at(&patched, offset), "{kind}");
+            test(kind, offset, &path, &patched);
         }
     }
+}
+
+#[test]
+fn data_is_not_written_where_metadata_is() {
+    aliased(|kind, offset, path, patched| {
+        let write = Op::Write { at: CLUSTER, len: 4 * KIB, byte: 9 };
+        let (outcome, after) = agreed(path, write);
+        assert_eq!(outcome, CONDEMNED, "{kind}");
+        assert!(cluster_at(&after, offset) == cluster_at(patched, offset), "{kind}");
+    });
 }
 
 /// Giving up such data would punch a hole into the metadata.
 #[test]
 fn no_hole_is_punched_where_metadata_is() {
-    for options in ["", "extended_l2=on"] {
-        let scratch = Scratch::new();
-        let path = image(&scratch, options);
-        let sound = Dissected::load(&path);
-        for (kind, offset) in places(&sound).into_iter().skip(1) {
-            let mut patched = sound.clone();
-            patched.set_entry(1, (offset | COPIED, sound.entry(1).1));
-            patched.save();
-            for op in [
-                Op::Discard { at: CLUSTER, len: CLUSTER },
-                Op::Discard { at: CLUSTER, len: CLUSTER / 2 },
-                Op::Zero { at: CLUSTER, len: CLUSTER, unmap: true },
-                Op::Zero { at: CLUSTER, len: CLUSTER / 2, unmap: true },
-            ] {
-                let (_, after) = ours(&path, op);
-                // These tables change with the operation itself.
-                if kind != "refcount block" && kind != "active L2 table" {
-                    let same = cluster_at(&after, offset) == cluster_at(&patched, offset);
-                    assert!(same, "{kind}, {op:?}");
-                } else {
-                    assert!(cluster_at(&after, offset).iter().any(|byte| *byte != 0), "{kind}");
-                }
+    aliased(|kind, offset, path, patched| {
+        for op in [
+            Op::Discard { at: CLUSTER, len: CLUSTER },
+            Op::Discard { at: CLUSTER, len: CLUSTER / 2 },
+            Op::Zero { at: CLUSTER, len: CLUSTER, unmap: true },
+            Op::Zero { at: CLUSTER, len: CLUSTER / 2, unmap: true },
+        ] {
+            let (_, after) = ours(path, op);
+            // These tables change with the operation itself.
+            if kind != "refcount block" && kind != "active L2 table" {
+                let same = cluster_at(&after, offset) == cluster_at(patched, offset);
+                assert!(same, "{kind}, {op:?}");
+            } else {
+                assert!(cluster_at(&after, offset).iter().any(|byte| *byte != 0), "{kind}");
             }
         }
-    }
+    });
 }
 
 /// An L2 table that an L1 entry claims as its own, in the place of other metadata.

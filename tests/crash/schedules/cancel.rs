@@ -35,6 +35,29 @@ fn a_flush_that_is_given_up_leaves_its_work_to_the_next() {
     });
 }
 
+#[test]
+fn a_flush_that_is_given_up_does_not_take_the_order_with_it() {
+    play(|seed| {
+        let at = |cluster| if cluster < 64 { Before::Stored } else { Before::Nothing };
+        let scene = Scene::new(&tiny(), seed, at);
+        scene.play(async {
+            // What is used next holds old data, and is counted durably.
+            scene.file().set_options(|options| options.punch = false);
+            scene.discard(0..scene.cluster(40).start).await.unwrap();
+            scene.settle().await.unwrap();
+            scene.write_fua(scene.cluster(70), true).await.unwrap();
+        });
+        for number in 1..POINTS {
+            scene.play(async {
+                scene.write(scene.cluster(70 + number)).await.unwrap();
+                give_up_after(1 + number % 3, scene.flush()).await;
+            });
+            scene.run_crashing(1, vec![Task::new("next", async { scene.flush().await.unwrap() })]);
+        }
+        scene.close();
+    });
+}
+
 /// Something to be given up: a request that has to do with a cluster.
 async fn request(scene: &Scene, number: u64, cluster: u64) {
     let sectors = scene.cluster(cluster);

@@ -82,6 +82,70 @@ fn what_is_copied_is_durable_before_the_entry_that_points_to_it() {
 }
 
 #[test]
+fn data_is_durable_before_an_entry_leads_to_where_other_data_was() {
+    play(|seed| {
+        for config in [tiny(), extended()] {
+            let at = |cluster| if cluster < 8 { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            scene.play(async {
+                scene.file().set_options(|options| options.punch = false);
+                scene.discard(0..scene.cluster(4).start).await.unwrap();
+                scene.settle().await.unwrap();
+                // From here on the clusters are counted durably: nothing but the data
+                // asks for order.
+                scene.write_fua(scene.cluster(9), true).await.unwrap();
+            });
+            scene.run_crashing(
+                1,
+                vec![Task::new("guest", async {
+                    for cluster in 10..13 {
+                        scene.write(scene.cluster(cluster)).await.unwrap();
+                    }
+                    scene.flush().await.unwrap();
+                })],
+            );
+            scene.crash(1);
+            scene.close();
+        }
+    });
+}
+
+#[test]
+fn an_entry_that_changes_while_a_flush_syncs_waits_for_the_next_flush() {
+    play(|seed| {
+        for config in [tiny(), extended()] {
+            let at = |cluster| if cluster < 4 { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            scene.play(async {
+                scene.file().set_options(|options| options.punch = false);
+                scene.discard(0..scene.cluster(4).start).await.unwrap();
+                scene.settle().await.unwrap();
+                scene.write_fua(scene.cluster(10), true).await.unwrap();
+                scene.write(scene.cluster(8)).await.unwrap();
+            });
+            let hold = scene.hold(OpKind::Sync);
+            scene.run(vec![
+                Task::new("flusher", async {
+                    scene.flush().await.unwrap();
+                }),
+                Task::new("writer", async {
+                    assert!(hold.caught().await);
+                    hold.close();
+                    // To the same slice, after its copy was taken.
+                    scene.write(scene.cluster(9)).await.unwrap();
+                    hold.release();
+                }),
+            ]);
+            for _ in 0..40 {
+                scene.crash_quick();
+            }
+            scene.crash(1);
+            scene.close();
+        }
+    });
+}
+
+#[test]
 fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
     play(|seed| {
         for kind in [tiny().kind, extended().kind] {
@@ -105,6 +169,55 @@ fn a_table_that_a_snapshot_shares_is_copied_before_it_is_pointed_to() {
             scene.crash(2);
             scene.close();
         }
+    });
+}
+
+#[test]
+fn a_shared_table_is_copied_durably_also_where_only_a_discard_needs_a_copy() {
+    play(|seed| {
+        let config = config(Kind { snapshot: true, ..tiny().kind });
+        let scene = Scene::new(&config, seed, |_| Before::Stored);
+        let clusters = config.kind.clusters();
+        // The clusters are counted durably: nothing but the copies asks for order.
+        scene.play(scene.write_fua(0..1, true)).unwrap();
+        scene.run_crashing(
+            1,
+            vec![Task::new("guest", async {
+                for cluster in [clusters / 4, clusters / 2, clusters * 3 / 4] {
+                    scene.discard(scene.cluster(cluster)).await.unwrap();
+                    scene.flush().await.unwrap();
+                }
+            })],
+        );
+        scene.crash(1);
+        scene.close();
+    });
+}
+
+#[test]
+fn a_table_where_other_data_was_is_empty_before_it_is_pointed_to() {
+    play(|seed| {
+        let at = |cluster| if cluster < 40 { Before::Stored } else { Before::Nothing };
+        let scene = Scene::new(&tiny(), seed, at);
+        let clusters = scene.config().kind.clusters();
+        scene.play(async {
+            scene.file().set_options(|options| options.punch = false);
+            scene.discard(0..scene.cluster(20).start).await.unwrap();
+            scene.settle().await.unwrap();
+            scene.write_fua(scene.cluster(41), true).await.unwrap();
+        });
+        scene.run_crashing(
+            1,
+            vec![Task::new("guest", async {
+                // Only the tables are new: nothing is pointed to from them.
+                for cluster in [clusters / 4, clusters / 2, clusters * 3 / 4] {
+                    scene.zero(scene.cluster(cluster), true).await.unwrap();
+                    scene.flush().await.unwrap();
+                }
+            })],
+        );
+        scene.crash(1);
+        scene.close();
     });
 }
 

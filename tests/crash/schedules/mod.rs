@@ -4,14 +4,16 @@
 //! A scene plays each schedule with several seeds: what the schedule leaves open
 //! (which other operation goes first, what a crash spares) the seed decides.
 
-mod scene;
+pub mod scene;
 
 mod cancel;
 mod durability;
 mod exhaustion;
+mod growth;
 mod lazy;
 mod races;
 mod reuse;
+mod syncs;
 mod tables;
 mod zeroes;
 

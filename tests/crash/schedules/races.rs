@@ -1,8 +1,11 @@
 //! Requests that meet on the same clusters: whoever is late must not do harm.
 
-use qcow2rs::io::sim::{OpKind, Pattern, Stage, Task};
+use qcow2rs::io::sim::{Hold, OpKind, Pattern, Stage, Task};
 
+use super::super::builder::Kind;
 use super::super::layout::Kind as EntryKind;
+use super::super::random::config;
+use super::super::scenario::Config;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
 
@@ -132,19 +135,25 @@ fn a_hole_inside_a_cluster_does_not_hit_a_write_next_to_what_was_discarded() {
     });
 }
 
+/// A scene in which G is like this and alone, and a hold on what reads its bytes.
+fn reading(config: &Config, seed: u64, before: Before) -> (Scene, Hold) {
+    let at = |cluster| if cluster == G { before } else { Before::Nothing };
+    let scene = Scene::new(config, seed, at);
+    let bytes = match scene.entry(G).map(|entry| entry.kind) {
+        Some(EntryKind::Compressed(bytes)) => bytes,
+        Some(EntryKind::Normal(host)) => host..host + config.kind.cluster,
+        other => panic!("{before:?} is stored as {other:?}"),
+    };
+    let reads = Pattern::any().file("image").kind(OpKind::Read).touching(bytes);
+    let hold = scene.disk.hold(reads, Stage::Apply);
+    (scene, hold)
+}
+
 #[test]
 fn a_compressed_cluster_may_be_rewritten_while_it_is_read() {
     play(|seed| {
         for config in [tiny(), extended()] {
-            let scene = Scene::new(&config, seed, |cluster| match cluster {
-                G => Before::Compressed,
-                _ => Before::Nothing,
-            });
-            let Some(EntryKind::Compressed(bytes)) = scene.entry(G).map(|entry| entry.kind) else {
-                panic!("it is not compressed");
-            };
-            let reads = Pattern::any().file("image").kind(OpKind::Read).touching(bytes);
-            let hold = scene.disk.hold(reads, Stage::Apply);
+            let (scene, hold) = reading(&config, seed, Before::Compressed);
             let sectors = scene.cluster(G);
             scene.run(vec![
                 Task::new("reader", async {
@@ -168,16 +177,7 @@ fn a_compressed_cluster_may_be_rewritten_while_it_is_read() {
 fn a_read_does_not_see_what_its_cluster_is_used_for_next() {
     play(|seed| {
         for config in [tiny(), extended()] {
-            let scene = Scene::new(&config, seed, |cluster| match cluster {
-                G => Before::Stored,
-                _ => Before::Nothing,
-            });
-            let Some(EntryKind::Normal(host)) = scene.entry(G).map(|entry| entry.kind) else {
-                panic!("it is not stored");
-            };
-            let bytes = host..host + config.kind.cluster;
-            let reads = Pattern::any().file("image").kind(OpKind::Read).touching(bytes);
-            let hold = scene.disk.hold(reads, Stage::Apply);
+            let (scene, hold) = reading(&config, seed, Before::Stored);
             scene.run(vec![
                 Task::new("reader", async {
                     scene.read(scene.cluster(G)).await.unwrap();
@@ -186,6 +186,67 @@ fn a_read_does_not_see_what_its_cluster_is_used_for_next() {
                     assert!(hold.caught().await);
                     scene.discard(scene.cluster(G)).await.unwrap();
                     use_what_is_free(&scene).await;
+                    hold.release();
+                }),
+            ]);
+            finish(scene);
+        }
+    });
+}
+
+#[test]
+fn a_write_that_comes_while_its_cluster_is_discarded_is_not_undone() {
+    play(|seed| {
+        // One that keeps its host cluster, and fills it while it becomes a hole.
+        let kind = Kind { cluster: 4096, size: 256 << 10, ..tiny().kind };
+        let keeps = Config { discard_keeps: true, ..config(kind) };
+        for config in [tiny(), extended(), keeps] {
+            let at = |cluster| if cluster == G { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            let hold = scene.hold(OpKind::Punch);
+            scene.run(vec![
+                Task::new("discarder", async {
+                    scene.discard(scene.cluster(G)).await.unwrap();
+                }),
+                Task::new("writer", async {
+                    assert!(hold.caught().await);
+                    // It may wait for the discard: the hold ends when nothing else
+                    // can go on.
+                    scene.write(scene.cluster(G)).await.unwrap();
+                    scene.flush().await.unwrap();
+                    hold.release();
+                }),
+            ]);
+            finish(scene);
+        }
+    });
+}
+
+#[test]
+fn what_a_cluster_held_before_is_not_seen_while_a_write_fills_it() {
+    play(|seed| {
+        for config in [tiny(), extended()] {
+            let at = |cluster| if cluster < 8 { Before::Stored } else { Before::Nothing };
+            let scene = Scene::new(&config, seed, at);
+            scene.play(async {
+                // Free, and full of old data.
+                scene.file().set_options(|options| options.punch = false);
+                scene.discard(0..scene.cluster(8).start).await.unwrap();
+                scene.settle().await.unwrap();
+            });
+            let sectors = scene.cluster(9);
+            let hold = scene.hold_next_write(sectors.start);
+            scene.run(vec![
+                Task::new("writer", async {
+                    scene.write(sectors.start..sectors.start + 1).await.unwrap();
+                }),
+                Task::new("reader", async {
+                    assert!(hold.caught().await);
+                    scene.read(sectors.clone()).await.unwrap();
+                    scene.write(sectors.end..sectors.end + 1).await.unwrap();
+                    scene.flush().await.unwrap();
+                    scene.read(sectors.clone()).await.unwrap();
+                    (0..8).for_each(|_| scene.crash_quick());
                     hold.release();
                 }),
             ]);

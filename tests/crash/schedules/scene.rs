@@ -110,7 +110,7 @@ impl Scene {
     }
 
     /// Opens the image of a disk on which the oracle knows what to find.
-    fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
+    pub fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
         let image = disk.block_on(open(&disk, config)).expect("the image can be opened");
         let (qemu_every, crashes) = (Cell::new(0), Cell::new(0));
         let scenario = Scenario { config: config.clone(), seed, qemu_every, crashes };
