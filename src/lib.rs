@@ -35,6 +35,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+mod fallible;
 pub mod geometry;
 mod log;
 mod shard;

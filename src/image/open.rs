@@ -17,6 +17,7 @@ use crate::alloc::health::Health;
 use crate::alloc::overlap::{Metadata, OverlapIndex};
 use crate::alloc::refcounts::{Refcounts, Table};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, MAGIC};
 use crate::format::l2::L2Format;
@@ -391,7 +392,7 @@ fn l2_cache(
     // Long chains share what there is; an explicit size is taken at its word.
     let capacity = asked.unwrap_or(L2_CACHE_BYTES.min(budget.0 / 8)).min(covering).max(2 * slice);
     budget.take(capacity, "a cache of L2 slices", name)?;
-    Ok(SliceCache::new(slice as usize, capacity))
+    SliceCache::new(slice as usize, capacity)
 }
 
 async fn open_for_writing<E: Engine>(
@@ -411,7 +412,7 @@ async fn open_for_writing<E: Engine>(
     let health = Arc::new(Health::default());
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts =
-        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone());
+        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone())?;
     Ok(Writing {
         allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
         claims: Default::default(),
@@ -436,15 +437,11 @@ async fn index_metadata<E: Engine>(
     let Qcow2 { storage, header, l1, .. } = image;
     let size = header.geometry.cluster_size();
     let tables = l1.iter().filter(|entry| entry & OFFSET_MASK != 0).count();
-    let blocks: Vec<u64> = table
-        .entries
-        .iter()
-        .map(|entry| entry & OFFSET_MASK)
-        .filter(|offset| *offset != 0)
-        .collect();
+    let offsets = table.entries.iter().map(|entry| entry & OFFSET_MASK);
+    let blocks = fallible::collect(table.entries.len(), offsets.filter(|offset| *offset != 0))?;
     let room = image.l1.len() + blocks.len();
     budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
-    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
+    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len())?;
     index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
     index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
     for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {
@@ -546,7 +543,7 @@ async fn read_table<E: Engine>(
     entries: usize,
 ) -> Result<Vec<u64>> {
     const PIECE: usize = 128 << 10;
-    let mut table = Vec::with_capacity(entries);
+    let mut table = fallible::room_for(entries)?;
     while table.len() < entries {
         let count = PIECE.min(entries - table.len());
         let at = offset + table.len() as u64 * 8;
@@ -568,5 +565,5 @@ pub(crate) async fn read<E: Engine>(
     let block = Block::zeroed(bytes)?;
     let all = block.slice(0, bytes);
     storage.read(engine, Target::Block(all.clone()), offset).await?;
-    Ok(all.to_vec())
+    all.to_vec()
 }

@@ -41,15 +41,21 @@ struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn begin(image: &'a Qcow2, writing: &'a Writing) -> Pass<'a> {
+    fn begin(image: &'a Qcow2, writing: &'a Writing) -> Result<Pass<'a>> {
         // In this order: what was freed is gone from the slices copied after it;
         // the tables that slices belong to are in the L1 entries copied last.
         let dropped = writing.allocator.limbo.take_announced();
-        let slices = image.l2.take_dirty();
+        let slices = match image.l2.take_dirty() {
+            Ok(slices) => slices,
+            Err(error) => {
+                writing.allocator.limbo.put_back(dropped);
+                return Err(error);
+            }
+        };
         let entries = image.l1.take_dirty();
         let mut pass = Pass { writing, dropped, slices, l1: &image.l1, entries, owes_sync: false };
         pass.owes_sync = pass.has_pointers();
-        pass
+        Ok(pass)
     }
 
     fn has_pointers(&self) -> bool {
@@ -108,7 +114,7 @@ impl Qcow2 {
             return Ok(());
         }
         let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
-        let mut pass = Pass::begin(self, writing);
+        let mut pass = Pass::begin(self, writing)?;
         pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
         if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
@@ -158,7 +164,7 @@ impl Qcow2 {
         let Some(writing) = &self.writing else { return Ok(()) };
         let _leader = writing.flushing.lock().await;
         writing.allocator.health.check()?;
-        let mut pass = Pass::begin(self, writing);
+        let mut pass = Pass::begin(self, writing)?;
         if pass.has_pointers() {
             self.write_pass(engine, writing, &mut pass).await?;
             pass.entries.clear();

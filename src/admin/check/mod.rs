@@ -19,6 +19,7 @@ use self::counts::Blocks;
 use self::references::References;
 use self::tables::L2Uses;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::bitmap::{self, BitmapCluster};
 use crate::format::header::Header;
 use crate::format::limits::MAX_L1_BYTES;
@@ -215,7 +216,7 @@ impl<'a, E: Engine> Check<'a, E> {
 
     async fn read_words(&mut self, offset: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(offset, count * 8).await?;
-        Ok(bytes.chunks_exact(8).map(word).collect())
+        fallible::collect(count as usize, bytes.chunks_exact(8).map(word))
     }
 
     /// One more table or block has been looked at.
