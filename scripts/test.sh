@@ -93,9 +93,11 @@ use_as_subproject() { # shared|static
 
 step 'setup' scripts/setup.sh
 step 'format' cargo fmt --all --check
+step 'format of the fuzz targets' cargo fmt --manifest-path fuzz/Cargo.toml --check
 step 'lints' cargo clippy --workspace --all-targets --all-features -- -D warnings
 step 'documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --all-features
 step 'Rust tests' cargo test --workspace --all-features
+step 'fuzzing, briefly' scripts/fuzz.sh --seconds 4
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs
