@@ -57,7 +57,8 @@ no_op_build() {
 
 check_format() {
     cargo fmt --all --check
-    (cd tests/interleavings && cargo fmt --check)
+    cargo fmt --manifest-path tests/interleavings/Cargo.toml --check
+    cargo fmt --manifest-path fuzz/Cargo.toml --check
 }
 
 # A program of somebody else's, with nothing but pkg-config.
@@ -103,6 +104,7 @@ step 'documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --all-fe
 step 'Rust tests' cargo test --workspace --all-features
 step 'interleavings' scripts/interleavings.sh
 step 'mutants' scripts/mutants.sh
+step 'fuzzing, briefly' scripts/fuzz.sh --seconds 4
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs

@@ -38,6 +38,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+mod fallible;
 pub mod geometry;
 mod here;
 mod log;

@@ -16,6 +16,7 @@ use super::limbo::Limbo;
 use super::overlap::{Metadata, OverlapIndex};
 use super::refcounts::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::limits::MAX_HOST_OFFSET;
 use crate::geometry::{Geometry, HostOffset};
 use crate::io::engine::{Engine, Piece};
@@ -439,7 +440,7 @@ impl Allocator {
         };
         self.overlap.check_data(offset.get(), size)?;
         self.extend(engine, storage, cluster + 1).await?;
-        let counts = self.counts_for_block(cluster % self.refcounts.per_block(), 1);
+        let counts = self.counts_for_block(cluster % self.refcounts.per_block(), 1)?;
         let block = Block::from_bytes(&counts)?;
         storage.write(engine, &[Piece::Block(block.all())], offset.get()).await?;
         if !mutant!(NoSyncBeforeNewBlock) {
@@ -459,15 +460,16 @@ impl Allocator {
 
     /// The bytes of a refcount block in which `count` counts from `first` on are
     /// one and the others zero.
-    pub(super) fn counts_for_block(&self, first: u64, count: u64) -> Vec<u8> {
+    pub(super) fn counts_for_block(&self, first: u64, count: u64) -> Result<Vec<u8>> {
         let width = self.refcounts.width;
-        let mut words = vec![0u64; (self.geometry.cluster_size() / 8) as usize];
+        let size = self.geometry.cluster_size() as usize;
+        let mut words = fallible::filled(size / 8, 0u64)?;
         for index in first..first + count {
             if let Some(word) = words.get_mut((index / width.per_word()) as usize) {
                 *word = width.set(*word, index % width.per_word(), 1);
             }
         }
-        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+        fallible::collect(size, words.iter().flat_map(|word| word.to_be_bytes()))
     }
 
     /// To be called before a pointer is changed to what was written, or to what is

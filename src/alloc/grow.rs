@@ -9,6 +9,7 @@ use super::allocator::Allocator;
 use super::overlap::Metadata;
 use super::refcounts::Refcounts;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::header::Header;
 use crate::format::limits::MAX_REFTABLE_BYTES;
 use crate::geometry::HostOffset;
@@ -72,7 +73,10 @@ impl Allocator {
     pub(super) async fn grow_table<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let (mut entries, old_offset) = {
             let table = self.refcounts.table();
-            (table.entries.clone(), table.offset)
+            // Room for the new one, too.
+            let mut entries = fallible::room_for(table.entries.len() * 2)?;
+            entries.extend_from_slice(&table.entries);
+            (entries, table.offset)
         };
         let old_entries = entries.len() as u64;
         let size = self.geometry.cluster_size();
@@ -85,13 +89,14 @@ impl Allocator {
 
         for block in 0..blocks {
             let used = (end - start).saturating_sub(block * per_block).min(per_block);
-            let counts = Block::from_bytes(&self.counts_for_block(0, used))?;
+            let counts = Block::from_bytes(&self.counts_for_block(0, used)?)?;
             storage.write(engine, &[Piece::Block(counts.all())], (start + block) * size).await?;
             entries.push((start + block) * size);
         }
         entries.resize((table_clusters * size / 8) as usize, 0);
         let offset = (start + blocks) * size;
-        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let raw = entries.iter().flat_map(|entry| entry.to_be_bytes());
+        let bytes = fallible::collect(entries.len() * 8, raw)?;
         let block = Block::from_bytes(&bytes)?;
         storage.write(engine, &[Piece::Block(block.all())], offset).await?;
         if !mutant!(NoSyncBeforeTableSwitch) {

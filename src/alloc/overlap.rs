@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 
 /// A kind of metadata; several may (in a corrupt image) share a cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,15 +80,21 @@ struct Held {
 
 impl OverlapIndex {
     /// An index that holds the header, with room for `expected` clusters.
-    pub fn new(cluster_bits: u32, expected: usize) -> OverlapIndex {
+    /// `OutOfMemory`.
+    pub fn new(cluster_bits: u32, expected: usize) -> Result<OverlapIndex> {
         let words = (expected / 2).next_power_of_two().clamp(512, 1 << 16);
+        let mut clusters = HashMap::new();
+        clusters.try_reserve(expected).map_err(|_| {
+            let text = format!("no memory to remember {expected} tables");
+            Error::new(ErrorKind::OutOfMemory, text)
+        })?;
         let index = OverlapIndex {
             cluster_bits,
-            filter: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            clusters: RwLock::default(),
+            filter: fallible::collect(words, (0..words).map(|_| AtomicU64::new(0)))?.into(),
+            clusters: RwLock::new(clusters),
         };
         index.add(0, 1, Metadata::Header);
-        index
+        Ok(index)
     }
 
     #[inline]
@@ -210,7 +217,7 @@ mod tests {
 
     #[test]
     fn what_was_added_is_protected_until_removed() {
-        let index = OverlapIndex::new(16, 0);
+        let index = OverlapIndex::new(16, 0).unwrap();
         assert!(index.check_data(0xffff, 1).is_err(), "the header's whole cluster");
         index.add(0x30000, 8, Metadata::L1);
         index.add(0x30000, 8, Metadata::L2);
@@ -225,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_table_that_was_added_twice_must_be_removed_twice() {
-        let index = OverlapIndex::new(16, 0);
+        let index = OverlapIndex::new(16, 0).unwrap();
         for _ in 0..2 {
             index.add(0x30000, 0x10000, Metadata::L2);
         }
@@ -237,7 +244,7 @@ mod tests {
 
     #[test]
     fn absurd_offsets_do_not_overflow() {
-        let index = OverlapIndex::new(9, 0);
+        let index = OverlapIndex::new(9, 0).unwrap();
         assert!(index.check_data(u64::MAX - 100, 1 << 9).is_ok());
         assert!(index.check_data(u64::MAX, 0).is_ok());
     }

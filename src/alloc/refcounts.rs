@@ -59,23 +59,23 @@ pub(super) struct Lowered {
 }
 
 impl Refcounts {
-    /// `table`: as read from the image.
+    /// `table`: as read from the image. `OutOfMemory`.
     pub fn new(
         geometry: Geometry,
         width: RefcountWidth,
         table: Table,
         cache_bytes: u64,
         overlap: Arc<OverlapIndex>,
-    ) -> Refcounts {
+    ) -> Result<Refcounts> {
         let slice = geometry.cluster_size().min(4096) as usize;
-        Refcounts {
+        Ok(Refcounts {
             geometry,
             width,
             table: RwLock::new(table),
-            cache: SliceCache::new(slice, cache_bytes),
+            cache: SliceCache::new(slice, cache_bytes)?,
             overlap,
             writing: AsyncMutex::new(()),
-        }
+        })
     }
 
     pub(super) fn table(&self) -> RwLockReadGuard<'_, Table> {
@@ -131,7 +131,7 @@ impl Refcounts {
             let ticket = self.cache.begin_load(key);
             let block = Block::zeroed(self.cache.slice_bytes())?;
             storage.read(engine, Target::Block(block.all()), key.get()).await?;
-            match self.cache.finish_load(key, ticket, &block.all().to_vec()) {
+            match self.cache.finish_load(key, ticket, &block.all().to_vec()?)? {
                 Loaded::Done => return Ok(()),
                 Loaded::Stale => {}
                 Loaded::Full => self.write_back(engine, storage).await?,
@@ -255,7 +255,7 @@ impl Refcounts {
     pub async fn write_back<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let _one_at_a_time = self.writing.lock().await;
         mutant!(RefcountWritesOvertake => drop(_one_at_a_time));
-        let mut copies = self.cache.take_dirty();
+        let mut copies = self.cache.take_dirty()?;
         while let Some(copy) = copies.next() {
             // A corrupt table may name other metadata as a refcount block.
             let (offset, bytes) = (copy.key.get(), copy.bytes.len() as u64);

@@ -22,6 +22,7 @@ use self::references::References;
 pub use self::repair::repair;
 use self::tables::L2Uses;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::bitmap::{self, BitmapCluster};
 use crate::format::header::Header;
 use crate::format::limits::MAX_L1_BYTES;
@@ -200,7 +201,7 @@ impl<'a, E: Engine> Check<'a, E> {
 
     async fn read_words(&mut self, offset: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(offset, count * 8).await?;
-        Ok(words_of(&bytes).collect())
+        fallible::collect(count as usize, words_of(&bytes))
     }
 
     /// One more table or block has been looked at.

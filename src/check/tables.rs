@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use super::Check;
 use super::counts::Blocks;
 use crate::error::Result;
+use crate::fallible;
 use crate::format::compressed;
 use crate::format::l2::{COMPRESSED, COPIED, ZERO};
 use crate::format::limits::OFFSET_MASK;
@@ -159,7 +160,7 @@ impl<E: Engine> Check<'_, E> {
                 external,
             }
         });
-        Ok(entries.collect())
+        fallible::collect(entries.len(), entries)
     }
 
     /// `expected`: where the cluster behind the last one would be its neighbour.

@@ -7,6 +7,7 @@ use super::bytes::{Reader, c_string};
 use super::features::KNOWN_NAMES;
 use super::limits::{MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_HOST_OFFSET};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::geometry::Geometry;
 
 /// Ends the list.
@@ -156,8 +157,8 @@ impl Extensions {
                     extensions.stale_bitmaps = true;
                 }
                 BITMAPS => extensions.bitmaps = Some(BitmapsExt::parse(data, fields.geometry)?),
-                DATA_FILE => extensions.data_file = Some(c_string(data).to_vec()),
-                _ => extensions.unknown.push((magic, data.to_vec())),
+                DATA_FILE => extensions.data_file = Some(fallible::copy(c_string(data))?),
+                _ => extensions.unknown.push((magic, fallible::copy(data)?)),
             }
         }
         Ok((extensions, backing_format))

@@ -36,7 +36,7 @@ pub struct Inflated {
     /// From where.
     pub data: Compressed,
     /// The bytes of the cluster.
-    pub bytes: Arc<[u8]>,
+    pub bytes: Arc<Vec<u8>>,
 }
 
 /// Requests so far.

@@ -395,5 +395,5 @@ fn l2_cache(
     // Long chains share what there is; an explicit size is taken at its word.
     let capacity = asked.unwrap_or(L2_CACHE_BYTES.min(budget.0 / 8)).min(covering).max(2 * slice);
     budget.take(capacity, "a cache of L2 slices", name)?;
-    Ok(SliceCache::new(slice as usize, capacity))
+    SliceCache::new(slice as usize, capacity)
 }

@@ -14,6 +14,7 @@ use crate::alloc::overlap::{Metadata, OverlapIndex};
 use crate::alloc::refcounts::{Refcounts, Table};
 use crate::check::repair;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, incompatible};
 use crate::format::limits::OFFSET_MASK;
@@ -75,7 +76,7 @@ async fn open_for_writing<E: Engine>(
     let health = Arc::new(Health::default());
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts =
-        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone());
+        Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone())?;
     Ok(Writing {
         allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
         claims: Default::default(),
@@ -102,15 +103,11 @@ async fn index_metadata<E: Engine>(
     let Qcow2 { storage, header, l1, .. } = image;
     let size = header.geometry.cluster_size();
     let tables = l1.iter().filter(|entry| entry & OFFSET_MASK != 0).count();
-    let blocks: Vec<u64> = table
-        .entries
-        .iter()
-        .map(|entry| entry & OFFSET_MASK)
-        .filter(|offset| *offset != 0)
-        .collect();
+    let offsets = table.entries.iter().map(|entry| entry & OFFSET_MASK);
+    let blocks = fallible::collect(table.entries.len(), offsets.filter(|offset| *offset != 0))?;
     let room = image.l1.len() + blocks.len();
     budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
-    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len());
+    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len())?;
     index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
     index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
     for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {

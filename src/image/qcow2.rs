@@ -9,6 +9,7 @@ use super::claims::Claims;
 use super::feature_bits::FeatureBits;
 use crate::alloc::allocator::Allocator;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::compressed::Compressed;
 use crate::format::header::Header;
 use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
@@ -348,7 +349,10 @@ impl Qcow2 {
     ) -> Result<Run> {
         let block = Block::zeroed(self.l2.slice_bytes())?;
         self.storage.read(engine, Target::Block(block.all()), key.get()).await?;
-        let words: Vec<AtomicU64> = words_of(&block.all().to_vec()).map(AtomicU64::new).collect();
+        let words: Vec<AtomicU64> = fallible::collect(
+            self.l2.slice_bytes() / 8,
+            words_of(&block.all().to_vec()?).map(AtomicU64::new),
+        )?;
         let cluster = self.geometry().guest_cluster(offset);
         let index = self.geometry().l2_index(cluster) as usize % self.entries_per_slice();
         let run = self.walk(&words, index, offset, max)?;
@@ -363,7 +367,7 @@ impl Qcow2 {
             let ticket = self.l2.begin_load(key);
             let block = Block::zeroed(self.l2.slice_bytes())?;
             self.storage.read(engine, Target::Block(block.all()), key.get()).await?;
-            match self.l2.finish_load(key, ticket, &block.all().to_vec()) {
+            match self.l2.finish_load(key, ticket, &block.all().to_vec()?)? {
                 Loaded::Done => return Ok(true),
                 Loaded::Stale => {}
                 Loaded::Full if self.is_unhealthy() => return Ok(false),

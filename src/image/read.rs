@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use super::disk::{Disk, Inflated, Layer, Located};
 use crate::alloc::epoch::Inside;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::compressed::{self, Compressed};
 use crate::format::subcluster::Subcluster;
 use crate::geometry::GuestOffset;
@@ -135,7 +136,7 @@ impl Disk {
         engine: &E,
         layer: usize,
         data: Compressed,
-    ) -> Result<Arc<[u8]>> {
+    ) -> Result<Arc<Vec<u8>>> {
         let remembered = || self.inflated.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(last) = &*remembered() {
             if last.layer == layer && last.data == data {
@@ -149,8 +150,8 @@ impl Disk {
         let block = Block::zeroed(data.length as usize)?;
         let input = block.slice(0, data.length as usize);
         image.storage.read(engine, Target::Block(input.clone()), data.offset).await?;
-        let mut output = vec![0; size];
-        compressed::inflate(&input.to_vec(), &mut output).map_err(|error| {
+        let mut output = fallible::filled(size, 0)?;
+        compressed::inflate(&input.to_vec()?, &mut output).map_err(|error| {
             let name = image.storage.name();
             let end = match image.storage.length() {
                 Ok(length) if length < data.offset => ", past the end of the file",
@@ -159,7 +160,7 @@ impl Disk {
             let context = format!("{name}: compressed cluster at {:#x}{end}", data.offset);
             error.wrap_as(ErrorKind::DataLost, context)
         })?;
-        let bytes: Arc<[u8]> = output.into();
+        let bytes = Arc::new(output);
         *remembered() = Some(Inflated { layer, data, bytes: bytes.clone() });
         Ok(bytes)
     }

@@ -9,6 +9,7 @@ use super::disk::{Disk, Layer, Raw};
 use super::qcow2::{Lookup, Qcow2, Writing};
 use crate::alloc::allocator::Allocation;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::l2::Cluster;
 use crate::format::subcluster::{self, Mask, Subcluster};
 use crate::geometry::{GuestCluster, GuestOffset, HostOffset};
@@ -304,7 +305,7 @@ impl Disk {
         }
         // The host clusters are entered first, with no subcluster allocated: who
         // writes to other subclusters of them need not wait for our data.
-        let mut taken = vec![false; part.clusters() as usize];
+        let mut taken = fallible::filled(part.clusters() as usize, false)?;
         let entered = image
             .change(engine, part.table, part.first().0, part.clusters(), |index, cluster| {
                 match cluster {

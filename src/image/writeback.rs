@@ -51,18 +51,24 @@ struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn begin(image: &'a Qcow2, writing: &'a Writing) -> Pass<'a> {
+    fn begin(image: &'a Qcow2, writing: &'a Writing) -> Result<Pass<'a>> {
         // In this order: what was freed is gone from the slices copied after it;
         // the tables that slices belong to are in the L1 entries copied last.
         let dropped = writing.allocator.limbo.take_announced();
-        let slices = image.l2.take_dirty();
+        let slices = match image.l2.take_dirty() {
+            Ok(slices) => slices,
+            Err(error) => {
+                writing.allocator.limbo.put_back(dropped);
+                return Err(error);
+            }
+        };
         let entries = image.l1.take_dirty();
         let (l1, ordered, owes_sync) = (&image.l1, false, false);
         let mut pass = Pass { writing, dropped, slices, l1, entries, ordered, owes_sync };
         pass.owes_sync = pass.has_pointers();
         // After the copies were taken; and only by who makes them follow.
         pass.ordered = pass.has_pointers() && writing.allocator.take_order();
-        pass
+        Ok(pass)
     }
 
     fn has_pointers(&self) -> bool {
@@ -131,7 +137,7 @@ impl Qcow2 {
         }
         let number = writing.flushes_begun.fetch_add(1, SeqCst) + 1;
         mutant!(CopiedAfterSync => self.sync_early(engine, writing).await?);
-        let mut pass = Pass::begin(self, writing);
+        let mut pass = Pass::begin(self, writing)?;
         pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
         if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
@@ -209,7 +215,7 @@ impl Qcow2 {
         let Some(writing) = &self.writing else { return Ok(()) };
         let _leader = writing.flushing.lock().await;
         writing.allocator.health.check()?;
-        let mut pass = Pass::begin(self, writing);
+        let mut pass = Pass::begin(self, writing)?;
         mutant!(EvictionWithoutOrder => self.write_slices(engine, writing, &mut pass).await?);
         if pass.has_pointers() {
             self.write_pass(engine, writing, &mut pass).await?;

@@ -13,6 +13,8 @@ use std::sync::PoisonError;
 
 use once_cell::sync::OnceCell;
 
+use crate::error::{Error, Result};
+use crate::fallible;
 use crate::geometry::HostOffset;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, MutexGuard, hint};
@@ -156,33 +158,31 @@ impl Drop for Changing<'_> {
 impl SliceCache {
     /// A cache of at most `capacity` bytes, and of at least two slices. Memory
     /// is taken when a slot is first used.
-    pub fn new(slice_bytes: usize, capacity: u64) -> SliceCache {
+    pub fn new(slice_bytes: usize, capacity: u64) -> Result<SliceCache> {
         let slots = usize::try_from(capacity / slice_bytes as u64).unwrap_or(usize::MAX).max(2);
         let set_bits = (slots / MAX_WAYS).max(1).ilog2();
         let sets = 1usize << set_bits;
         let ways = slots / sets;
-        SliceCache {
+        let slot = || Slot {
+            sequence: AtomicU64::new(0),
+            key: AtomicU64::new(0),
+            used: AtomicBool::new(false),
+            words: OnceCell::new(),
+        };
+        let set = || {
+            let state = vec![SlotState::default(); ways].into_boxed_slice();
+            Mutex::new(Set { generation: 0, hand: 0, state })
+        };
+        Ok(SliceCache {
             slice_bits: slice_bytes.ilog2(),
             ways,
             set_bits,
-            slots: (0..sets * ways)
-                .map(|_| Slot {
-                    sequence: AtomicU64::new(0),
-                    key: AtomicU64::new(0),
-                    used: AtomicBool::new(false),
-                    words: OnceCell::new(),
-                })
-                .collect(),
-            sets: (0..sets)
-                .map(|_| {
-                    let state = vec![SlotState::default(); ways].into_boxed_slice();
-                    Mutex::new(Set { generation: 0, hand: 0, state })
-                })
-                .collect(),
+            slots: fallible::collect(sets * ways, std::iter::repeat_with(slot))?.into(),
+            sets: fallible::collect(sets, std::iter::repeat_with(set))?.into(),
             dirty: Mutex::new(Vec::new()),
             evictions: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
-        }
+        })
     }
 
     /// Bytes of a slice.
@@ -292,23 +292,25 @@ impl SliceCache {
     }
 
     /// Brings what was read; bytes that are missing at the end are zero.
-    pub fn finish_load(&self, key: HostOffset, ticket: LoadTicket, bytes: &[u8]) -> Loaded {
+    pub fn finish_load(&self, key: HostOffset, ticket: LoadTicket, bytes: &[u8]) -> Result<Loaded> {
         let set_index = self.set_of(key);
         let mut set = self.lock(set_index);
         if self.find(set_index, key).is_some() {
-            return Loaded::Done;
+            return Ok(Loaded::Done);
         }
         if set.generation != ticket.0 && !mutant!(StaleSliceAccepted) {
-            return Loaded::Stale;
+            return Ok(Loaded::Stale);
         }
         let Some(way) = self.victim(set_index, &mut set) else {
-            return Loaded::Full;
+            return Ok(Loaded::Full);
         };
         let slot = &self.slots[set_index * self.ways + way];
-        let words = slot.words.get_or_init(|| {
+        let words = slot.words.get_or_try_init(|| {
+            let zeroes = std::iter::repeat_with(|| AtomicU64::new(0));
+            let words = fallible::collect(self.slice_bytes() / 8, zeroes)?;
             self.bytes.fetch_add(self.slice_bytes() as u64, Ordering::Relaxed);
-            (0..self.slice_bytes() / 8).map(|_| AtomicU64::new(0)).collect()
-        });
+            Ok::<_, Error>(words.into_boxed_slice())
+        })?;
         let _changing = Changing::begin(&slot.sequence);
         if slot.key.swap(key.get(), Ordering::Relaxed) != 0 {
             self.evictions.fetch_add(1, Ordering::Relaxed);
@@ -321,7 +323,7 @@ impl SliceCache {
             word.store(u64::from_be_bytes(raw), Ordering::Relaxed);
         }
         slot.used.store(true, Ordering::Relaxed);
-        Loaded::Done
+        Ok(Loaded::Done)
     }
 
     /// A slot of the set that may be taken: an empty one, else the next clean
@@ -348,27 +350,41 @@ impl SliceCache {
 
     /// Copies of all dirty slices, oldest first; they stay in the cache until
     /// they are written. Only one write-back may be under way at a time.
-    pub fn take_dirty(&self) -> WriteBack<'_> {
-        let list = std::mem::take(&mut *self.dirty_list());
-        let mut copies = Vec::with_capacity(list.len());
-        for index in list {
-            let (set_index, way) = (index / self.ways, index % self.ways);
-            let mut set = self.lock(set_index);
-            let slot = &self.slots[index];
-            let state = &mut set.state[way];
-            let key = HostOffset::new(slot.key.load(Ordering::Relaxed));
-            let (true, Some(key), Some(words)) = (state.dirty, key, slot.words.get()) else {
-                continue;
-            };
-            state.dirty = false;
-            state.writing = true;
-            let mut bytes = Vec::with_capacity(self.slice_bytes());
-            for word in words {
-                bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+    /// `OutOfMemory`: all are as dirty as before.
+    pub fn take_dirty(&self) -> Result<WriteBack<'_>> {
+        let mut list = std::mem::take(&mut *self.dirty_list());
+        let mut taken = WriteBack { cache: self, slices: Vec::new(), written: 0 };
+        let mut copied = 0;
+        let outcome = fallible::room_for(list.len()).and_then(|room| {
+            taken.slices = room;
+            for index in &list {
+                taken.slices.extend(self.copy_dirty(*index)?);
+                copied += 1;
             }
-            copies.push(DirtySlice { key, bytes, slot: index });
+            Ok(())
+        });
+        // What was copied already is put back by dropping the copies.
+        self.dirty_list().extend(list.drain(copied..));
+        outcome.map(|()| taken)
+    }
+
+    /// The copy of a slot, if it is dirty: it is on its way from now on.
+    fn copy_dirty(&self, index: usize) -> Result<Option<DirtySlice>> {
+        let (set_index, way) = (index / self.ways, index % self.ways);
+        let mut set = self.lock(set_index);
+        let slot = &self.slots[index];
+        let state = &mut set.state[way];
+        let key = HostOffset::new(slot.key.load(Ordering::Relaxed));
+        let (true, Some(key), Some(words)) = (state.dirty, key, slot.words.get()) else {
+            return Ok(None);
+        };
+        let mut bytes = fallible::room_for(self.slice_bytes())?;
+        for word in words {
+            bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
         }
-        WriteBack { cache: self, slices: copies, written: 0 }
+        state.dirty = false;
+        state.writing = true;
+        Ok(Some(DirtySlice { key, bytes, slot: index }))
     }
 
     /// Whether anything is dirty that `take_dirty` would return.
@@ -425,7 +441,7 @@ mod tests {
 
     fn load(cache: &SliceCache, n: u64) -> Loaded {
         let ticket = cache.begin_load(key(n));
-        cache.finish_load(key(n), ticket, &[n as u8; 4096])
+        cache.finish_load(key(n), ticket, &[n as u8; 4096]).unwrap()
     }
 
     fn first(cache: &SliceCache, n: u64) -> Option<u64> {
@@ -434,7 +450,7 @@ mod tests {
 
     #[test]
     fn what_is_loaded_is_found() {
-        let cache = SliceCache::new(4096, 1 << 20);
+        let cache = SliceCache::new(4096, 1 << 20).unwrap();
         assert_eq!(first(&cache, 7), None);
         assert_eq!(load(&cache, 7), Loaded::Done);
         assert_eq!(first(&cache, 7), Some(7));
@@ -442,37 +458,37 @@ mod tests {
 
     #[test]
     fn dirty_slices_stay_until_written() {
-        let cache = SliceCache::new(4096, 2 * 4096);
+        let cache = SliceCache::new(4096, 2 * 4096).unwrap();
         for n in [1, 2] {
             assert_eq!(load(&cache, n), Loaded::Done);
             cache.update(key(n), |slice| slice.set(0, 99)).unwrap();
         }
         assert_eq!(load(&cache, 3), Loaded::Full);
-        let mut copies = cache.take_dirty();
+        let mut copies = cache.take_dirty().unwrap();
         assert_eq!(copies.slices.len(), 2);
         assert_eq!(load(&cache, 3), Loaded::Full, "being written is not clean yet");
         copies.mark_written();
         assert_eq!(load(&cache, 3), Loaded::Done);
         assert_eq!(first(&cache, 1), None);
         drop(copies);
-        assert_eq!(cache.take_dirty().slices.len(), 1);
+        assert_eq!(cache.take_dirty().unwrap().slices.len(), 1);
     }
 
     #[test]
     fn a_load_that_began_before_a_write_back_is_stale() {
-        let cache = SliceCache::new(4096, 2 * 4096);
+        let cache = SliceCache::new(4096, 2 * 4096).unwrap();
         let late = cache.begin_load(key(1));
         load(&cache, 1);
         cache.update(key(1), |slice| slice.set(0, 42)).unwrap();
-        cache.take_dirty().mark_written();
+        cache.take_dirty().unwrap().mark_written();
         cache.forget(key(1), 4096);
-        assert_eq!(cache.finish_load(key(1), late, &[0; 4096]), Loaded::Stale);
+        assert_eq!(cache.finish_load(key(1), late, &[0; 4096]).unwrap(), Loaded::Stale);
         assert_eq!(load(&cache, 1), Loaded::Done);
     }
 
     #[test]
     fn unchanged_words_do_not_make_dirty() {
-        let cache = SliceCache::new(4096, 1 << 16);
+        let cache = SliceCache::new(4096, 1 << 16).unwrap();
         load(&cache, 1);
         let word = cache.update(key(1), |slice| slice.get(5)).unwrap();
         cache.update(key(1), |slice| slice.set(5, word)).unwrap();
@@ -481,7 +497,7 @@ mod tests {
 
     #[test]
     fn readers_never_see_half_of_a_change() {
-        let cache = SliceCache::new(4096, 2 * 4096);
+        let cache = SliceCache::new(4096, 2 * 4096).unwrap();
         load(&cache, 1);
         cache.update(key(1), |slice| (0..2).for_each(|i| slice.set(i, 0))).unwrap();
         std::thread::scope(|scope| {
@@ -509,7 +525,7 @@ mod tests {
     #[test]
     fn a_cache_that_covers_the_tables_twice_hardly_evicts() {
         let slices = 512;
-        let cache = SliceCache::new(4096, 2 * slices * 4096);
+        let cache = SliceCache::new(4096, 2 * slices * 4096).unwrap();
         // Tables of 16 slices, far apart by various strides.
         for stride in [16, 16 * 8193, 16 * 4096, 16 * 1001] {
             for table in 0..slices / 16 {

@@ -1,6 +1,7 @@
 //! Reading tables from an image file as they are there, past the caches.
 
 use crate::error::Result;
+use crate::fallible;
 use crate::io::engine::{Engine, Target};
 use crate::io::storage::Storage;
 use crate::sys::memory::Block;
@@ -14,7 +15,7 @@ pub async fn read_table<E: Engine>(
     entries: usize,
 ) -> Result<Vec<u64>> {
     const PIECE: usize = 128 << 10;
-    let mut table = Vec::with_capacity(entries);
+    let mut table = fallible::room_for(entries)?;
     while table.len() < entries {
         let count = PIECE.min(entries - table.len());
         let at = offset + table.len() as u64 * 8;
@@ -36,7 +37,7 @@ pub async fn read<E: Engine>(
     let block = Block::zeroed(bytes)?;
     let all = block.slice(0, bytes);
     storage.read(engine, Target::Block(all.clone()), offset).await?;
-    Ok(all.to_vec())
+    all.to_vec()
 }
 
 /// The words of a table as it is stored.

@@ -12,6 +12,7 @@ use std::ptr::{NonNull, copy_nonoverlapping, write_bytes};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 
 /// Marks memory that a read fills.
 #[derive(Clone, Copy, Debug)]
@@ -317,11 +318,11 @@ impl BlockSlice {
         self.guest_mut().fill_zero();
     }
 
-    /// A copy of the bytes.
-    pub fn to_vec(&self) -> Vec<u8> {
-        let mut bytes = vec![0; self.len];
+    /// A copy of the bytes; `OutOfMemory`.
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
+        let mut bytes = fallible::filled(self.len, 0)?;
         self.copy_to(0, &mut bytes);
-        bytes
+        Ok(bytes)
     }
 
     /// The same memory as a read's destination; lives as long as the borrow.
@@ -376,11 +377,11 @@ mod tests {
     fn blocks_are_zeroed_aligned_and_shared() {
         let block = Block::zeroed(5000).unwrap();
         assert_eq!(block.all().as_ptr() as usize % BLOCK_ALIGNMENT, 0);
-        assert_eq!(block.all().to_vec(), vec![0; 5000]);
+        assert_eq!(block.all().to_vec().unwrap(), vec![0; 5000]);
         let part = block.slice(100, 10);
         part.copy_from(0, b"0123456789");
         drop(part);
-        assert_eq!(block.slice(100, 10).to_vec(), b"0123456789");
+        assert_eq!(block.slice(100, 10).to_vec().unwrap(), b"0123456789");
         assert!(Block::zeroed(isize::MAX as usize).is_err());
     }
 }

@@ -2,14 +2,20 @@
 //! error that says what is wrong, in bounded memory and work, without a panic,
 //! and without a byte of guest data in the wrong place.
 
+#[allow(dead_code)] // Other tests use all of it.
+#[path = "../crash/builder.rs"]
+mod builder;
+#[path = "../support/memory.rs"]
+mod memory;
 #[path = "../support/mod.rs"]
 mod support;
 
 mod below;
+mod changing;
 mod compressed;
 mod headers;
 mod images;
-mod memory;
+mod matrix;
 mod mutate;
 mod names;
 mod past_the_end;

@@ -7,4 +7,5 @@ mod support;
 
 mod contents;
 mod order;
+mod places;
 mod waiting;

@@ -22,6 +22,10 @@ pub enum Request<'a> {
     /// What is about to be written, and where.
     Write(&'a [u8], u64),
     Flush,
+    /// What the length is to be, and is now.
+    Truncate(u64, u64),
+    /// A range that is to read as zero: offset and length.
+    Zero(u64, u64),
 }
 
 /// Called for each request, on the thread that made it, with no lock held. An error
@@ -163,6 +167,10 @@ impl UserIo for MemoryDisk {
     }
 
     fn truncate(&self, length: u64) -> UserResult<()> {
+        if let Some(hook) = &self.0.hook {
+            let now = self.length();
+            hook(Request::Truncate(length, now))?;
+        }
         let mut state = self.state();
         if length > MAX_LENGTH as u64 {
             return Err(ENOSPC);
@@ -177,6 +185,9 @@ impl UserIo for MemoryDisk {
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, _: bool) -> UserResult<()> {
+        if let Some(hook) = &self.0.hook {
+            hook(Request::Zero(offset, length))?;
+        }
         let mut state = self.state();
         let there = state.bytes.len() as u64;
         let end = offset.saturating_add(length).min(there);

@@ -1,6 +1,7 @@
 //! What several tests need: a scratch directory, seeded random numbers, QEMU.
 #![allow(dead_code)] // Each test uses its part of it.
 
+pub mod damage;
 pub mod dissect;
 pub mod memory_disk;
 pub mod operations;
@@ -61,6 +62,12 @@ impl Rng {
             let bytes = self.next().to_le_bytes();
             chunk.copy_from_slice(&bytes[..chunk.len()]);
         }
+    }
+}
+
+impl damage::Choices for Rng {
+    fn below(&mut self, limit: u64) -> u64 {
+        Rng::below(self, limit)
     }
 }
 

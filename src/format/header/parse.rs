@@ -9,6 +9,7 @@ use super::super::limits::{
 };
 use super::{BackingRef, Header, KNOWN_LENGTH, MAGIC, autoclear, bad, incompatible, unsupported};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::geometry::Geometry;
 
 /// Bytes of a version 2 header.
@@ -238,7 +239,9 @@ impl Header {
             autoclear: raw.autoclear,
             refcount_order: raw.refcount_order,
             compression: raw.compression,
-            unknown_fields: cluster.get(KNOWN_LENGTH..header_length).unwrap_or_default().to_vec(),
+            unknown_fields: fallible::copy(
+                cluster.get(KNOWN_LENGTH..header_length).unwrap_or_default(),
+            )?,
             header_length: raw.header_length,
             extensions,
         })

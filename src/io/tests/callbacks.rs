@@ -116,7 +116,7 @@ fn bytes_go_both_ways() {
     assert_eq!(read(&storage, 9, 8), b"\0\0ours\0\0");
     let part = block.slice(0, 3);
     block_on(storage.read(&Strict, Target::Block(part.clone()), 3)).unwrap();
-    assert_eq!(part.to_vec(), b"the");
+    assert_eq!(part.to_vec().unwrap(), b"the");
     assert_eq!((storage.length().unwrap(), storage.allocated().unwrap()), (15, 15));
     block_on(storage.truncate(&Strict, 4)).unwrap();
     assert_eq!(storage.length().unwrap(), 4);

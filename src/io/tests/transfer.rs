@@ -84,7 +84,7 @@ impl Twin {
         let block = Block::zeroed(end - start + 8).unwrap();
         let part = block.slice(3, end - start);
         block_on(self.storage.read(&Strict, Target::Block(part.clone()), start as u64)).unwrap();
-        assert_eq!(part.to_vec(), expected, "{start}..{end}");
+        assert_eq!(part.to_vec().unwrap(), expected, "{start}..{end}");
         let length = self.storage.length().unwrap();
         let aligned = match self.storage.access().fixed_length {
             true => len as u64,

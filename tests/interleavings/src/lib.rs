@@ -1,6 +1,10 @@
 //! The library's parts that do without locks, on the model checker's atomics. What
 //! is claimed of them is in `tests/`.
 
+#[macro_use]
+#[path = "../../../src/mutants.rs"]
+mod mutants;
+
 pub mod sync {
     pub use loom::sync::{Mutex, MutexGuard, atomic};
     pub use loom::{hint, thread, thread_local};
@@ -23,6 +27,10 @@ pub mod here {
     }
 }
 
+#[path = "../../../src/error.rs"]
+pub mod error;
+#[path = "../../../src/fallible.rs"]
+pub mod fallible;
 #[path = "../../../src/geometry.rs"]
 pub mod geometry;
 #[path = "../../../src/owner.rs"]

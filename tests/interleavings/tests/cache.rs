@@ -17,7 +17,7 @@ fn key(n: u64) -> HostOffset {
 fn load(cache: &SliceCache, n: u64) -> Loaded {
     let ticket = cache.begin_load(key(n));
     let word = n.to_be_bytes();
-    cache.finish_load(key(n), ticket, &[word, word].concat())
+    cache.finish_load(key(n), ticket, &[word, word].concat()).unwrap()
 }
 
 fn read(cache: &SliceCache, n: u64) -> Option<(u64, u64)> {
@@ -27,7 +27,7 @@ fn read(cache: &SliceCache, n: u64) -> Option<(u64, u64)> {
 
 /// One set of two slots.
 fn cache() -> Arc<SliceCache> {
-    let cache = SliceCache::new(SLICE, 2 * SLICE as u64);
+    let cache = SliceCache::new(SLICE, 2 * SLICE as u64).unwrap();
     assert!(load(&cache, 1) == Loaded::Done && load(&cache, 2) == Loaded::Done);
     Arc::new(cache)
 }
@@ -104,7 +104,7 @@ fn a_change_during_a_write_back_is_written_later() {
             move || cache.update(key(1), |slice| slice.set(0, 6)).unwrap()
         });
         let mut on_disk = 0;
-        let mut copies = cache.take_dirty();
+        let mut copies = cache.take_dirty().unwrap();
         while let Some(copy) = copies.next() {
             on_disk = u64::from_be_bytes(copy.bytes[..8].try_into().unwrap());
             copies.mark_written();

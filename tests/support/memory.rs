@@ -1,5 +1,7 @@
-//! How much memory a piece of code takes, at most: an allocator that counts, by
-//! thread. The library starts none, so what it takes is taken by the caller's.
+//! How much memory a piece of code takes, at most, and what it does when there is
+//! none: an allocator that counts, and refuses, by thread. The library starts none, so
+//! what it takes is taken by the caller's.
+#![allow(dead_code)] // Each test uses its part.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -7,6 +9,27 @@ use std::cell::Cell;
 thread_local! {
     static HELD: Cell<i64> = const { Cell::new(0) };
     static PEAK: Cell<i64> = const { Cell::new(0) };
+    static REFUSAL: Cell<Refusal> = const { Cell::new(Refusal { least: usize::MAX, left: 0 }) };
+}
+
+/// Of the allocations of so many bytes at least, the one after `left` others fails.
+#[derive(Clone, Copy)]
+struct Refusal {
+    least: usize,
+    left: u64,
+}
+
+/// Whether this one is to fail.
+fn refused(bytes: usize) -> bool {
+    REFUSAL.try_with(|refusal| {
+        let Refusal { least, left } = refusal.get();
+        if bytes < least {
+            return false;
+        }
+        let next = if left == 0 { usize::MAX } else { least };
+        refusal.set(Refusal { least: next, left: left.wrapping_sub(1) });
+        left == 0
+    }) == Ok(true)
 }
 
 fn count(bytes: i64) {
@@ -26,12 +49,18 @@ struct Counting;
 // nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if refused(layout.size()) {
+            return std::ptr::null_mut();
+        }
         count(layout.size() as i64);
         // SAFETY: the caller's promise.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if refused(layout.size()) {
+            return std::ptr::null_mut();
+        }
         count(layout.size() as i64);
         // SAFETY: the caller's promise.
         unsafe { System.alloc_zeroed(layout) }
@@ -44,6 +73,9 @@ unsafe impl GlobalAlloc for Counting {
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        if refused(size) {
+            return std::ptr::null_mut();
+        }
         count(size as i64 - layout.size() as i64);
         // SAFETY: the caller's promise.
         unsafe { System.realloc(at, layout, size) }
@@ -59,6 +91,24 @@ pub fn peak<R>(work: impl FnOnce() -> R) -> (R, u64) {
     PEAK.set(before);
     let result = work();
     (result, (PEAK.get() - before) as u64)
+}
+
+/// Runs `work`; of the allocations of at least `least` bytes that it makes on this
+/// thread, number `index` fails. Whether there were that many.
+pub fn refuse<R>(least: usize, index: u64, work: impl FnOnce() -> R) -> (R, bool) {
+    REFUSAL.set(Refusal { least, left: index });
+    let result = work();
+    let met = REFUSAL.get().least == usize::MAX;
+    REFUSAL.set(Refusal { least: usize::MAX, left: 0 });
+    (result, met)
+}
+
+#[test]
+fn what_is_refused_is_the_one_asked_for() {
+    let take = || [1000, 5000, 100, 7000].map(|bytes| Vec::<u8>::new().try_reserve(bytes).is_ok());
+    assert_eq!(refuse(4096, 0, take), ([true, false, true, true], true));
+    assert_eq!(refuse(4096, 1, take), ([true, true, true, false], true));
+    assert_eq!(refuse(4096, 2, take), ([true; 4], false));
 }
 
 #[test]
