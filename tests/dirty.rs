@@ -127,8 +127,8 @@ fn refcounts_are_written_at_close_and_syncs_are_no_more_than_without() {
         (syncs, refcounts)
     };
     // The header's first clusters are counted, the run of the allocator is not.
-    assert_eq!(syncs(LAZY), ([2, 2], 0));
-    assert_eq!(syncs("cluster_size=4k"), ([2, 2], 1));
+    assert_eq!(syncs(LAZY), ([2, 1], 0));
+    assert_eq!(syncs("cluster_size=4k"), ([2, 1], 1));
 }
 
 #[test]
