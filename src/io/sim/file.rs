@@ -118,7 +118,7 @@ impl SimDisk {
         let mut world = self.world();
         let name = name.to_owned();
         let counters = Counters::default();
-        world.files.push(FileState { name, options, content, counters });
+        world.files.push(FileState { name, options, content, counters, retired: false });
         Arc::new(SimFile { disk: self.clone(), index: world.files.len() - 1 })
     }
 
@@ -178,6 +178,22 @@ impl SimFile {
     /// What has been asked of it.
     pub fn counters(&self) -> Counters {
         self.with(|file| file.counters)
+    }
+
+    /// All that its first sector was seen to hold, oldest first, also before the
+    /// crash that this disk came from.
+    pub fn first_sectors(&self) -> Vec<[u8; 512]> {
+        let zeroes = [0; 512];
+        let seen = |file: &mut FileState| {
+            let firsts = file.content.firsts.iter();
+            firsts.map(|first| first.as_ref().map_or(zeroes, |bytes| **bytes)).collect()
+        };
+        self.with(seen)
+    }
+
+    /// It was closed: any operation from now on is a violation.
+    pub fn retire(&self) {
+        self.with(|file| file.retired = true);
     }
 
     /// Copies the bytes that readers see, without an operation; zeroes past

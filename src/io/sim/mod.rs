@@ -74,6 +74,12 @@ impl SimDisk {
         self.world().violations.clone()
     }
 
+    /// Number of operations that were issued and have not completed.
+    pub fn in_flight(&self) -> usize {
+        let done = |op: &&world::Op| matches!(op.state, world::State::Completed(_));
+        self.world().ops.values().filter(|op| !done(op)).count()
+    }
+
     /// Makes operations fail from now on.
     pub fn inject(&self, fault: Fault) {
         self.world().faults.push(fault);
