@@ -17,6 +17,10 @@ pub struct Kind {
     pub snapshot: bool,
     /// With so long an L1 table that hardly more clusters can be counted.
     pub crowded: bool,
+    /// With a bit set that says that refcounts may lag behind.
+    pub lazy: bool,
+    /// With an autoclear bit that no driver knows.
+    pub autoclear: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -232,6 +236,8 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
     let mut end = 72;
     if kind.version > 2 {
         image.put64(72, u64::from(kind.extended_l2) << 4);
+        image.put64(80, u64::from(kind.lazy));
+        image.put64(88, u64::from(kind.autoclear) << 40);
         image.put32(96, kind.refcount_bits.trailing_zeros().into());
         image.put32(100, 104);
         end = 104;

@@ -4,12 +4,18 @@
 #![allow(dead_code)] // Workloads to come use the rest of the tools.
 
 mod builder;
+mod faults;
+mod guest;
+mod handover;
 mod imagecheck;
 mod imagecheck_tests;
+mod inspect;
 mod layout;
+mod life;
 mod oracle;
 mod qemu;
 mod random;
+mod report;
 mod scenario;
 mod schedules;
 #[path = "../support/mod.rs"]

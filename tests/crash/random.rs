@@ -3,8 +3,6 @@
 //! `QCOW2RS_SEED=n` runs one seed; `QCOW2RS_CRASH_ROUNDS=n` says how many are
 //! run for each kind.
 
-use std::cell::Cell;
-
 use super::builder::Kind;
 use super::qemu;
 use super::scenario::{Config, Scenario};
@@ -23,8 +21,7 @@ fn run(family: u64, configs: &[Config]) {
     let qemu_every = if qemu::available() { 50 } else { 0 };
     let run = |seed: u64| {
         let config = configs[(seed / 10 % count) as usize].clone();
-        let scenario =
-            Scenario { config, seed, qemu_every: Cell::new(qemu_every), crashes: Cell::new(0) };
+        let scenario = Scenario::new(config, seed).show_qemu(qemu_every);
         if let Err(failure) = scenario.run() {
             panic!("{}", scenario.report(&failure));
         }
@@ -51,19 +48,12 @@ pub const SMALL: Kind = Kind {
     backing: false,
     snapshot: false,
     crowded: false,
+    lazy: false,
+    autoclear: false,
 };
 
 pub fn config(kind: Kind) -> Config {
-    let slice = kind.cluster.min(4096);
-    Config {
-        kind,
-        alignment: 1,
-        cache: (2 * slice, slice),
-        punch: true,
-        discard_keeps: false,
-        faults: false,
-        give_up: false,
-    }
+    Config::new(kind)
 }
 
 fn kinds() -> Vec<Kind> {

@@ -62,8 +62,9 @@ impl SimDisk {
             content.firsts = firsts;
             let (name, options) = (file.name.clone(), file.options.clone());
             let counters = Counters::default();
-            let retired = false;
-            after.world().files.push(FileState { name, options, content, counters, retired });
+            let (owed, retired) = (None, false);
+            let file = FileState { name, options, content, counters, owed, retired };
+            after.world().files.push(file);
         }
         after
     }

@@ -54,6 +54,10 @@ pub struct Counters {
     pub syncs: u64,
     pub bytes_read: u64,
     pub bytes_written: u64,
+    /// Operations that failed because they were made to.
+    pub failed: u64,
+    /// Syncs whose failure was heard of.
+    pub failed_syncs: u64,
 }
 
 impl Counters {
@@ -118,7 +122,14 @@ impl SimDisk {
         let mut world = self.world();
         let name = name.to_owned();
         let counters = Counters::default();
-        world.files.push(FileState { name, options, content, counters, retired: false });
+        world.files.push(FileState {
+            name,
+            options,
+            content,
+            counters,
+            owed: None,
+            retired: false,
+        });
         Arc::new(SimFile { disk: self.clone(), index: world.files.len() - 1 })
     }
 

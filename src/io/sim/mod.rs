@@ -31,7 +31,7 @@ pub use self::file::{Counters, FileOptions, SimFile};
 pub use self::journal::OpKind;
 pub use self::pattern::{Fault, Pattern, Stage};
 pub use self::rng::Rng;
-pub use crate::sys::memory::{GuestMut, GuestRef};
+pub use crate::sys::memory::{GuestMut, GuestRef, live_blocks};
 
 use self::journal::Event;
 use self::world::{HoldState, World};
@@ -59,6 +59,11 @@ impl SimDisk {
     pub fn journal(&self) -> String {
         let world = self.world();
         world.journal.text(|file| world.file_name(file))
+    }
+
+    /// The last few lines that were put into it by `note`.
+    pub fn last_notes(&self, count: usize) -> Vec<String> {
+        self.world().journal.last_notes(count)
     }
 
     /// Puts a line of one's own into the journal.

@@ -36,6 +36,8 @@ pub(super) struct FileState {
     pub(super) options: FileOptions,
     pub(super) content: Content,
     pub(super) counters: Counters,
+    /// The errno of a sync that failed when nobody waited for it any more.
+    pub(super) owed: Option<i32>,
     /// Nobody has it open: each operation is a violation.
     pub(super) retired: bool,
 }
@@ -148,6 +150,10 @@ impl World {
             }
             !hit || f.forever
         });
+        if kind == OpKind::Sync {
+            fault = fault.or(self.files[file].owed.take());
+        }
+        let name = &self.files[file].name;
         let mut hold = None;
         for (index, h) in self.holds.iter_mut().enumerate() {
             let catches = h.active && !h.closed;
@@ -325,7 +331,8 @@ impl World {
     /// An operation fails, maybe after a part of it took effect.
     fn fail(&mut self, id: OpId, op: &mut Op, errno: i32) {
         self.journal.add(self.step, id, Event::Fail(errno));
-        let FileState { content, options, .. } = &mut self.files[op.file];
+        let FileState { content, options, counters, .. } = &mut self.files[op.file];
+        counters.failed += 1;
         match op.kind {
             OpKind::Sync => content.fail_sync(op.claims),
             OpKind::Write if self.rng.chance(1, 2) => {
@@ -372,6 +379,12 @@ impl World {
             if let Some(upto) = upto.filter(|_| op.kind != OpKind::Read) {
                 self.effect(id, &mut op, upto);
             }
+        }
+        // Its failure is not lost with the future: the next sync tells of it.
+        if let (OpKind::Sync, State::Applied(Err(errno)) | State::Completed(Err(errno))) =
+            (op.kind, op.state)
+        {
+            self.files[op.file].owed = Some(errno);
         }
         if !matches!(op.state, State::Completed(_)) {
             self.complete(id, &mut op, Ok(()));
