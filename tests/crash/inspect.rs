@@ -23,8 +23,9 @@ pub fn crash_image(
     oracle: &Oracle,
 ) -> Result<Judged, String> {
     i1_header(after)?;
-    structure(after, &scenario.config)?;
-    let judged = reads(after, oracle, scenario.config.mode)?;
+    let bytes = image(after).bytes();
+    i2_to_i8(&bytes, &scenario.config)?;
+    let judged = i9_reads(&guest_content(&bytes, after)?, oracle, scenario.config.mode)?;
     if judged.foreign > 0 {
         scenario.tally.borrow_mut().parity += 1;
     }
@@ -56,7 +57,11 @@ fn i1_autoclear(disk: &SimDisk, oracle: &Oracle, found: &Judged) -> Result<(), S
 
 /// I2 to I8: tables and refcounts.
 pub fn structure(disk: &SimDisk, config: &Config) -> Result<Report, String> {
-    let report = imagecheck::check(&*image(disk));
+    i2_to_i8(&image(disk).bytes(), config)
+}
+
+fn i2_to_i8(bytes: &Vec<u8>, config: &Config) -> Result<Report, String> {
+    let report = imagecheck::check(bytes);
     if report.dirty && !config.kind.lazy {
         return Err("I7: the dirty bit is set".to_owned());
     }
@@ -66,16 +71,23 @@ pub fn structure(disk: &SimDisk, config: &Config) -> Result<Report, String> {
 
 /// I9: each sector holds what it may hold. Read with other code than the driver's.
 pub fn reads(disk: &SimDisk, oracle: &Oracle, mode: Mode) -> Result<Judged, String> {
-    oracle.judge_crash(&content(disk)?, mode).map_err(|what| format!("I9: {what}"))
+    i9_reads(&content(disk)?, oracle, mode)
+}
+
+fn i9_reads(content: &[u8], oracle: &Oracle, mode: Mode) -> Result<Judged, String> {
+    oracle.judge_crash(content, mode).map_err(|what| format!("I9: {what}"))
 }
 
 /// What the guest finds, read with other code than the driver's.
 pub fn content(disk: &SimDisk) -> Result<Vec<u8>, String> {
-    let file = image(disk);
-    let header = Header::read(&*file)?;
+    guest_content(&image(disk).bytes(), disk)
+}
+
+fn guest_content(bytes: &Vec<u8>, disk: &SimDisk) -> Result<Vec<u8>, String> {
+    let header = Header::read(bytes)?;
     let base = disk.file("base");
     let base = base.as_deref().map(|base| base as &dyn ReadAt);
-    Ok(read_guest(&*file, &header, base))
+    Ok(read_guest(bytes, &header, base))
 }
 
 /// I9: the driver and other code find the same.
@@ -88,7 +100,7 @@ pub fn second_opinion(disk: &SimDisk, found: &[u8]) -> Result<(), String> {
 
 /// I10: the driver's own check finds what ours finds.
 pub fn i10_own_check(scenario: &Scenario, disk: &SimDisk) -> Result<(), String> {
-    let report = imagecheck::check(&*image(disk));
+    let report = imagecheck::check(&image(disk).bytes());
     if report.dirty {
         return Ok(());
     }

@@ -22,10 +22,10 @@ impl ReadAt for Vec<u8> {
     }
 
     fn read_at(&self, offset: u64, out: &mut [u8]) {
-        out.fill(0);
         let start = (offset as usize).min(self.len());
-        let end = (start + out.len()).min(self.len());
-        out[..end - start].copy_from_slice(&self[start..end]);
+        let (inside, past) = out.split_at_mut(out.len().min(self.len() - start));
+        inside.copy_from_slice(&self[start..start + inside.len()]);
+        past.fill(0);
     }
 }
 
@@ -303,7 +303,10 @@ impl Refcounts {
 
     /// All clusters with a refcount other than 0.
     pub fn in_use(&self) -> impl Iterator<Item = (u64, u64)> {
-        let blocks = (0u64..).zip(&self.blocks).filter(|(_, block)| block.is_some());
+        let counts = |block: &Option<Vec<u8>>| {
+            block.as_ref().is_some_and(|block| block.iter().any(|byte| *byte != 0))
+        };
+        let blocks = (0u64..).zip(&self.blocks).filter(move |(_, block)| counts(block));
         let clusters = blocks.flat_map(|(n, _)| n * self.per_block..(n + 1) * self.per_block);
         clusters.map(|cluster| (cluster, self.get(cluster))).filter(|(_, count)| *count > 0)
     }

@@ -51,6 +51,7 @@ impl Scenario {
     pub fn live(&self, disk: SimDisk, oracle: Oracle, depth: u32, rng: &mut Rng) -> Verdict {
         let interval = *rng.pick(&[20, 100, 500]);
         let crashes = match depth {
+            _ if self.config.medium.is_hostile() => 0,
             GENERATIONS => 5,
             _ => rng.below(2) * u64::from(depth),
         };
@@ -167,7 +168,8 @@ impl Life<'_> {
     fn recover(&self, found: &[u8]) -> Result<(), Trouble> {
         let recovered = {
             let oracle = self.oracle.borrow();
-            let judged = oracle.judge_crash(found, self.config().mode)?;
+            let judged = oracle.judge_crash(found, self.config().mode);
+            let judged = judged.map_err(|what| format!("I9: {what}"))?;
             if judged.foreign > 0 {
                 self.tally(|tally| tally.parity += 1);
             }
@@ -303,11 +305,17 @@ impl Life<'_> {
         if self.opening.get() {
             self.tally(|tally| tally.while_opening += 1);
         }
+        let hostile = self.config().medium.is_hostile();
         let found = inspect::crash_image(self.scenario, &self.disk, &after, &self.oracle.borrow())
-            .and_then(|_| match rng.chance(1, 8) && !self.config().medium.is_hostile() {
+            .and_then(|_| match !hostile && rng.chance(1, 8) {
                 true => inspect::i10_own_check(self.scenario, &after),
                 false => Ok(()),
             });
+        if let (true, Err(what)) = (hostile, &found) {
+            let number = broken_invariant(what).ok_or_else(|| what.clone())?;
+            self.tally(|tally| tally.broken[number] += 1);
+            return Ok(());
+        }
         found.map_err(|what| {
             let step = self.disk.step();
             let what = format!("after {crash:?} at step {step}: {what}");
@@ -351,4 +359,11 @@ impl Life<'_> {
         }
         Ok(bytes)
     }
+}
+
+/// The number of the first invariant that a text names.
+fn broken_invariant(what: &str) -> Option<usize> {
+    let (before, _) = what.split_once(':')?;
+    let (_, number) = before.rsplit_once('I')?;
+    number.parse().ok().filter(|number| *number < 15)
 }

@@ -4,6 +4,7 @@
 #![allow(dead_code)] // Workloads to come use the rest of the tools.
 
 mod builder;
+mod farm;
 mod faults;
 mod guest;
 mod handover;

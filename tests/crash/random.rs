@@ -7,13 +7,13 @@ use super::builder::Kind;
 use super::qemu;
 use super::scenario::{Config, Scenario};
 
-fn number(variable: &str) -> Option<u64> {
+pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
 }
 
 /// Seeds for each configuration, unless the environment says otherwise.
-const ROUNDS: u64 = 10;
+const ROUNDS: u64 = 1;
 
 /// Runs the seeds of one family of configurations. A seed says which one it is.
 fn run(family: u64, configs: &[Config]) {
@@ -75,10 +75,13 @@ fn kinds() -> Vec<Kind> {
         Kind { backing: true, ..extended },
         Kind { snapshot: true, refcount_bits: 64, ..extended },
         Kind { backing: true, cluster: 65536, size: (1 << 20) + 512, ..extended },
+        Kind { lazy: true, ..SMALL },
+        Kind { autoclear: true, backing: true, ..SMALL },
+        Kind { autoclear: true, ..extended },
     ]
 }
 
-fn configs() -> Vec<Config> {
+pub fn configs() -> Vec<Config> {
     kinds().into_iter().map(config).collect()
 }
 

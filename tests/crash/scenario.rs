@@ -127,6 +127,8 @@ pub struct Tally {
     pub handovers: u64,
     /// Crash images that only QEMU's weaker promise would let pass.
     pub parity: u64,
+    /// Crash images of hostile media in which an invariant is broken, by its number.
+    pub broken: [u64; 15],
 }
 
 impl Tally {
@@ -177,6 +179,9 @@ impl AddAssign for Tally {
         self.qemu_checks += other.qemu_checks;
         self.handovers += other.handovers;
         self.parity += other.parity;
+        for (all, more) in self.broken.iter_mut().zip(other.broken) {
+            *all += more;
+        }
     }
 }
 

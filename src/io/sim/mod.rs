@@ -11,6 +11,8 @@ mod content;
 mod crash;
 mod engine;
 mod exec;
+#[cfg(test)]
+mod fault_tests;
 mod file;
 mod journal;
 mod pages;

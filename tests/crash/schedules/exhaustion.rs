@@ -257,3 +257,29 @@ fn clusters_of_metadata_that_count_as_free_are_not_given_out() {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::Shutdown);
     });
 }
+
+#[test]
+fn a_file_stops_growing_while_the_same_is_done_over_and_over() {
+    for_seeds("crash", 2, |seed| {
+        for config in [tiny(), extended()] {
+            let clusters = config.kind.clusters();
+            let scene = Scene::new(&config, seed, |_| Before::Nothing);
+            let mut lengths = Vec::new();
+            for round in 0..90 {
+                // Something else each time, within the same bounds.
+                let first = round * 7 % (clusters / 2);
+                let sectors = scene.cluster(first).start..scene.cluster(first + clusters / 4).end;
+                scene.play(async {
+                    scene.write(sectors.clone()).await.unwrap();
+                    scene.flush().await.unwrap();
+                    scene.discard(sectors).await.unwrap();
+                    scene.flush().await.unwrap();
+                });
+                lengths.push(scene.file().length());
+            }
+            assert!(lengths[0] < lengths[89], "it has to grow at first: {lengths:x?}");
+            assert_eq!(lengths[29], lengths[89], "I12: {lengths:x?}");
+            scene.close();
+        }
+    });
+}
