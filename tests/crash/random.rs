@@ -118,3 +118,18 @@ fn random_requests_survive_those_given_up() {
     let hasty = configs().into_iter().map(|config| Config { give_up: true, ..config });
     run(3, &hasty.collect::<Vec<_>>());
 }
+
+#[test]
+fn one_seed_tells_one_story() {
+    let kind = Kind { backing: true, ..SMALL };
+    let story = |seed| {
+        let scenario = Scenario::new(Config { faults: true, give_up: true, ..config(kind) }, seed);
+        if let Err(failure) = scenario.run() {
+            panic!("{}", scenario.report(&failure));
+        }
+        let tally = *scenario.tally.borrow();
+        format!("{tally:?}")
+    };
+    assert_eq!(story(7), story(7));
+    assert_ne!(story(7), story(8));
+}

@@ -65,7 +65,13 @@ impl Scenario {
         };
         let thread = std::thread::current();
         let test = thread.name().unwrap_or_default();
-        let _ = writeln!(text, "again: QCOW2RS_SEED={} cargo test --test crash {test}", self.seed);
+        let mut settings = format!("QCOW2RS_SEED={}", self.seed);
+        for name in ["QCOW2RS_ORACLE", "QCOW2RS_CRASH_MEDIUM"] {
+            if let Ok(value) = std::env::var(name) {
+                let _ = write!(settings, " {name}={value}");
+            }
+        }
+        let _ = writeln!(text, "again: {settings} cargo test --test crash {test}");
         text
     }
 }
