@@ -341,7 +341,10 @@ fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]
             let mut whole = vec![0; header.cluster as usize];
             let mut inflate = flate2::Decompress::new(false);
             let done = inflate.decompress(&packed, &mut whole, flate2::FlushDecompress::Finish);
-            assert!(done.is_ok() && inflate.total_out() == header.cluster, "cannot be inflated");
+            if done.is_err() || inflate.total_out() != header.cluster {
+                // No guest has written this.
+                whole.fill(0xee);
+            }
             out.copy_from_slice(&whole[..out.len()]);
             return;
         }

@@ -205,7 +205,7 @@ impl Life<'_> {
         i12_length(&self.file(), self.config(), length, self.changed.get())?;
         self.is_durable(&left)?;
         let every = self.scenario.qemu_every.get();
-        if every > 0 && self.depth == 0 && self.draw(4 * every) {
+        if every > 0 && self.depth > 0 && self.draw(every) {
             self.hand_over()?;
         }
         Ok(())

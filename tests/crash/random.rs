@@ -133,3 +133,21 @@ fn one_seed_tells_one_story() {
     assert_eq!(story(7), story(7));
     assert_ne!(story(7), story(8));
 }
+
+#[test]
+fn images_go_to_qemu_and_come_back() {
+    if !qemu::available() {
+        return;
+    }
+    let small = Kind { size: 64 << 10, ..SMALL };
+    let extended = Kind { extended_l2: true, cluster: 16384, ..small };
+    let kinds = [Kind { backing: true, ..small }, Kind { snapshot: true, ..small }, extended];
+    for (seed, kind) in (1..).zip(kinds) {
+        let scenario = Scenario::new(config(kind), seed).show_qemu(4);
+        if let Err(failure) = scenario.run() {
+            panic!("{}", scenario.report(&failure));
+        }
+        let tally = *scenario.tally.borrow();
+        assert!(tally.handovers > 0 && tally.qemu_checks > 0, "seed {seed}: {tally:?}");
+    }
+}
