@@ -215,10 +215,13 @@ impl Header {
         (tables, end - self.snapshots.offset)
     }
 
-    /// Entries of an L1 table.
+    /// Entries of a table, as far as they are inside the file.
     pub fn read_table(&self, file: &dyn ReadAt, table: Table) -> Vec<u64> {
-        let raw = file.bytes(table.offset, table.entries * 8);
-        (0..table.entries as usize).map(|index| be64(&raw, index * 8)).collect()
+        // A length that is garbage shall not cost memory.
+        let inside = file.length().saturating_sub(table.offset).div_ceil(8);
+        let entries = table.entries.min(inside);
+        let raw = file.bytes(table.offset, entries * 8);
+        (0..entries as usize).map(|index| be64(&raw, index * 8)).collect()
     }
 
     /// The refcount of each cluster below `clusters`. Entries that lead nowhere
