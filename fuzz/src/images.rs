@@ -15,6 +15,7 @@ const TINY: Kind = Kind {
     snapshot: false,
     crowded: false,
     lazy: false,
+    autoclear: false,
 };
 const EXTENDED: Kind = Kind { cluster: 16 << 10, extended_l2: true, size: 128 << 10, ..TINY };
 

@@ -44,7 +44,8 @@ pub enum ZeroMode {
 /// Carries out operations. Each future is complete when the operation is. One that
 /// is dropped earlier must see to it that the operation is over then: done, done in
 /// part or not at all, but touching neither memory nor the storage afterwards (what
-/// it was to write may be given to somebody else).
+/// it was to write may be given to somebody else). A sync that failed unheard makes
+/// the next one fail.
 ///
 /// All-or-nothing: short transfers and EINTR are dealt with inside. Offsets,
 /// lengths and addresses are aligned as the storage demands.

@@ -57,8 +57,12 @@ pub fn read(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64, alignment: u32) -
     let Some(ptr) = to.as_single().filter(|_| len <= MAX_TRANSFER) else {
         return read_on(fd, to, offset, alignment, None);
     };
-    // SAFETY: `to` is ptr..ptr+len, writable until this call returns.
-    let got = unsafe { libc::pread(fd.as_raw_fd(), ptr.cast(), len, offset as libc::off_t) };
+    let got = match faults::next(len) {
+        // SAFETY: `to` is ptr..ptr+len, of which `part` is a part or all, writable
+        // until this call returns.
+        Ok(part) => unsafe { libc::pread(fd.as_raw_fd(), ptr.cast(), part, offset as libc::off_t) },
+        Err(failed) => failed,
+    };
     if got == len as isize {
         return Ok(());
     }
@@ -82,6 +86,10 @@ fn read_on(
             let mut batch = Batch::new();
             rest.for_each(|ptr, len| _ = batch.push(ptr, len));
             let at = (offset + done as u64) as libc::off_t;
+            match faults::next(batch.bytes) {
+                Ok(part) => batch.cut(part),
+                Err(failed) => return failed,
+            }
             // SAFETY: the iovecs are parts of `to`, writable until this call
             // returns.
             unsafe { libc::preadv(fd.as_raw_fd(), batch.as_ptr(), batch.count as i32, at) }
@@ -114,8 +122,14 @@ pub fn write<'a>(
         return write_on(fd, parts, offset, None);
     };
     let len = only.len();
-    // SAFETY: `only` is ptr..ptr+len, readable until this call returns.
-    let put = unsafe { libc::pwrite(fd.as_raw_fd(), ptr.cast(), len, offset as libc::off_t) };
+    let put = match faults::next(len) {
+        // SAFETY: `only` is ptr..ptr+len, of which `part` is a part or all, readable
+        // until this call returns.
+        Ok(part) => unsafe {
+            libc::pwrite(fd.as_raw_fd(), ptr.cast(), part, offset as libc::off_t)
+        },
+        Err(failed) => failed,
+    };
     if put == len as isize {
         return Ok(());
     }
@@ -137,6 +151,10 @@ fn write_on<'a>(
             let mut batch = Batch::new();
             gather(parts.clone(), done, |ptr, len| batch.push(ptr, len));
             let at = (offset + done as u64) as libc::off_t;
+            match faults::next(batch.bytes) {
+                Ok(part) => batch.cut(part),
+                Err(failed) => return failed,
+            }
             // SAFETY: the iovecs are parts of the caller's memory or of ZEROES,
             // readable until this call returns.
             unsafe { libc::pwritev(fd.as_raw_fd(), batch.as_ptr(), batch.count as i32, at) }
@@ -149,6 +167,58 @@ fn write_on<'a>(
         }
     }
     Ok(())
+}
+
+/// What becomes of the next transfer: nothing out of the ordinary.
+#[cfg(not(test))]
+mod faults {
+    /// How many of `len` bytes to ask for.
+    #[inline(always)]
+    pub fn next(len: usize) -> Result<usize, isize> {
+        Ok(len)
+    }
+}
+
+/// What becomes of the next transfer: what a test says.
+#[cfg(test)]
+mod faults {
+    use std::cell::RefCell;
+    use std::collections::VecDeque;
+
+    #[derive(Clone, Copy, Debug)]
+    pub enum Fault {
+        /// No more than so many bytes are transferred.
+        Short(usize),
+        /// It fails with this errno.
+        Fails(i32),
+    }
+
+    thread_local! {
+        static PLAN: RefCell<VecDeque<Fault>> = const { RefCell::new(VecDeque::new()) };
+    }
+
+    /// The next transfers of this thread, in order; those after are ordinary.
+    pub fn plan(faults: impl IntoIterator<Item = Fault>) {
+        PLAN.with_borrow_mut(|plan| *plan = faults.into_iter().collect());
+    }
+
+    /// How many of those have not happened.
+    pub fn left() -> usize {
+        PLAN.with_borrow(VecDeque::len)
+    }
+
+    /// How many of `len` bytes to ask for, or what the system call returns.
+    pub fn next(len: usize) -> Result<usize, isize> {
+        match PLAN.with_borrow_mut(VecDeque::pop_front) {
+            None => Ok(len),
+            Some(Fault::Short(most)) => Ok(len.min(most)),
+            Some(Fault::Fails(errno)) => {
+                // SAFETY: the address of this thread's errno is always valid.
+                unsafe { *libc::__errno_location() = errno };
+                Err(-1)
+            }
+        }
+    }
 }
 
 /// The outcome of a transfer; `None`: interrupted, to be tried again.
@@ -225,6 +295,22 @@ impl Batch {
         now == len
     }
 
+    /// Keeps the first `bytes` only.
+    fn cut(&mut self, bytes: usize) {
+        while self.bytes > bytes {
+            // SAFETY: the first `count` elements have been written.
+            let last = unsafe { self.iovecs[self.count - 1].assume_init_mut() };
+            let more = self.bytes - bytes;
+            if last.iov_len > more {
+                last.iov_len -= more;
+                self.bytes = bytes;
+            } else {
+                self.bytes -= last.iov_len;
+                self.count -= 1;
+            }
+        }
+    }
+
     fn as_ptr(&self) -> *const libc::iovec {
         self.iovecs.as_ptr().cast()
     }
@@ -270,6 +356,7 @@ pub fn device_length(fd: BorrowedFd<'_>) -> SysResult<u64> {
 mod tests {
     use std::os::fd::AsFd;
 
+    use super::faults::Fault;
     use super::*;
 
     /// Iovecs over the same memory, `count` times.
@@ -321,6 +408,73 @@ mod tests {
         let mut all = vec![0; expected.len()];
         read(file.as_fd(), GuestMut::from_slice(&mut all), 3, 1).unwrap();
         assert!(all == expected);
+    }
+
+    /// Interruptions, and transfers of every length.
+    fn interruptions(seed: usize) -> Vec<Fault> {
+        let kinds = (0..40).map(|index| match (seed + index) % 3 {
+            0 => Fault::Fails(libc::EINTR),
+            1 => Fault::Short(1 + (seed * 7919 + index * 104_729) % 3000),
+            _ => Fault::Short(1 + (seed + index) % 5),
+        });
+        kinds.collect()
+    }
+
+    #[test]
+    fn interrupted_and_short_transfers_are_carried_on_with() {
+        let file = tempfile::tempfile().unwrap();
+        let data: Vec<u8> = (0..20_000).map(|i| i as u8 | 1).collect();
+        for seed in 0..60 {
+            let (head, tail) = data.split_at(1 + seed * 300);
+            let parts = [
+                Bytes::Memory(GuestRef::from_slice(head)),
+                Bytes::Zeroes(seed * 40),
+                Bytes::Memory(GuestRef::from_slice(tail)),
+            ];
+            let expected = [head, &vec![0; seed * 40], tail].concat();
+            for parts in [&parts[..], &parts[..1]] {
+                file.set_len(0).unwrap();
+                faults::plan(interruptions(seed));
+                write(file.as_fd(), parts.iter().copied(), 9).unwrap();
+                assert!(faults::left() < 40, "nothing happened");
+                let len: usize = parts.iter().map(Bytes::len).sum();
+                let (mut one, mut list) = (vec![1; len], vec![1; len]);
+                faults::plan(interruptions(seed + 1));
+                read(file.as_fd(), GuestMut::from_slice(&mut one), 9, 1).unwrap();
+                let (a, b) = list.split_at_mut(len / 3);
+                let iovecs = [a, b].map(|part| libc::iovec {
+                    iov_base: part.as_mut_ptr().cast(),
+                    iov_len: part.len(),
+                });
+                // SAFETY: the array and the memory outlive the handle.
+                let to = unsafe { GuestMut::from_iovec(iovecs.as_ptr(), 2) }.unwrap();
+                faults::plan(interruptions(seed + 2));
+                read(file.as_fd(), to, 9, 1).unwrap();
+                assert!(one == expected[..len] && list == expected[..len], "seed {seed}");
+            }
+        }
+        faults::plan([]);
+    }
+
+    #[test]
+    fn errors_after_a_part_are_told() {
+        let file = tempfile::tempfile().unwrap();
+        let data = [7; 1000];
+        let part = Bytes::Memory(GuestRef::from_slice(&data));
+        for errno in [libc::ENOSPC, libc::EIO] {
+            faults::plan([Fault::Short(300), Fault::Fails(libc::EINTR), Fault::Fails(errno)]);
+            assert_eq!(write(file.as_fd(), [part].into_iter(), 0), Err(errno));
+            assert_eq!(file.metadata().unwrap().len(), 300);
+            faults::plan([Fault::Short(100), Fault::Fails(errno)]);
+            let mut back = [0; 300];
+            let to = GuestMut::from_slice(&mut back);
+            assert_eq!(read(file.as_fd(), to, 0, 1), Err(errno));
+            file.set_len(0).unwrap();
+        }
+        // Nothing written, no error: not for ever.
+        faults::plan([Fault::Short(0), Fault::Short(0)]);
+        assert_eq!(write(file.as_fd(), [part].into_iter(), 0), Err(libc::EIO));
+        faults::plan([]);
     }
 
     #[test]

@@ -244,9 +244,23 @@ unsafe impl Sync for Allocation {}
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        #[cfg(feature = "sim")]
+        LIVE_BLOCKS.with(|count| count.set(count.get() - 1));
         // SAFETY: allocated in `Block::zeroed` with this very layout.
         unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
     }
+}
+
+#[cfg(feature = "sim")]
+thread_local! {
+    static LIVE_BLOCKS: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
+}
+
+/// Blocks made on this thread, less those that went away on it: a simulation, which
+/// has one thread, sees by it whether each was given back.
+#[cfg(feature = "sim")]
+pub fn live_blocks() -> i64 {
+    LIVE_BLOCKS.with(std::cell::Cell::get)
 }
 
 impl Block {
@@ -257,6 +271,8 @@ impl Block {
             Layout::from_size_align(len.max(1), BLOCK_ALIGNMENT).map_err(|_| no_memory())?;
         // SAFETY: the layout's size is not zero.
         let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(no_memory)?;
+        #[cfg(feature = "sim")]
+        LIVE_BLOCKS.with(|count| count.set(count.get() + 1));
         Ok(Block(Arc::new(Allocation { ptr, layout })))
     }
 

@@ -19,6 +19,8 @@ pub struct Kind {
     pub crowded: bool,
     /// With lazy refcounts.
     pub lazy: bool,
+    /// With an autoclear bit that no driver knows.
+    pub autoclear: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -241,6 +243,7 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
     if kind.version > 2 {
         image.put64(72, u64::from(kind.extended_l2) << 4);
         image.put64(80, kind.lazy.into());
+        image.put64(88, u64::from(kind.autoclear) << 40);
         image.put32(96, kind.refcount_bits.trailing_zeros().into());
         image.put32(100, 104);
         end = 104;

@@ -1,5 +1,6 @@
 //! A strict checker of images, for tests: all that `qemu-img check` complains
 //! about, and what it lets pass though no driver in its senses would write it.
+//! Each finding begins with the invariant that is broken (docs/crash-simulation.md).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -53,11 +54,13 @@ struct Check<'a> {
 pub fn check(file: &dyn ReadAt) -> Report {
     let header = match Header::read(file) {
         Ok(header) => header,
-        Err(what) => return Report { corruptions: vec![what], ..Report::default() },
+        Err(what) => {
+            return Report { corruptions: vec![format!("I1: {what}")], ..Report::default() };
+        }
     };
     let mut report = Report { dirty: header.incompatible & DIRTY != 0, ..Report::default() };
     if header.incompatible & CORRUPT != 0 {
-        report.strict.push("the corrupt bit is set".to_owned());
+        report.strict.push("I8: the corrupt bit is set".to_owned());
     }
     let refcounts = header.read_refcounts(file);
     let mut check = Check { file, header, refcounts, owners: BTreeMap::new(), report };
@@ -90,7 +93,10 @@ impl Check<'_> {
             return;
         }
         if bytes.end > self.file.length() && bytes.end - self.file.length() >= cluster {
-            self.corrupt(format!("{owner:?} at {:#x} is past the end of the file", bytes.start));
+            self.corrupt(format!(
+                "I2: {owner:?} at {:#x} is past the end of the file",
+                bytes.start
+            ));
             return;
         }
         for index in bytes.start / cluster..bytes.end.div_ceil(cluster) {
@@ -101,7 +107,7 @@ impl Check<'_> {
     fn structure(&mut self, name: impl Into<String>, offset: u64, len: u64) {
         let name = name.into();
         if offset % self.header.cluster != 0 || (offset == 0 && len > 0) {
-            self.corrupt(format!("{name} is at {offset:#x}"));
+            self.corrupt(format!("I2: {name} is at {offset:#x}"));
         } else {
             self.own(Owner::Structure(name.into()), offset..offset + len);
         }
@@ -123,7 +129,7 @@ impl Check<'_> {
         {
             let offset = bits(entry, 9..64);
             if bits(entry, 0..9) != 0 {
-                self.corrupt(format!("refcount table entry {index} is {entry:#x}"));
+                self.corrupt(format!("I2: refcount table entry {index} is {entry:#x}"));
             } else if offset != 0 {
                 self.structure(format!("refcount block {index}"), offset, cluster);
             }
@@ -144,23 +150,23 @@ impl Check<'_> {
             if entry == 0 {
                 continue;
             }
-            let at = format!("{name} L1 entry {index} is {entry:#x}");
+            let at = || format!("{name} L1 entry {index} is {entry:#x}");
             if bits(entry, 0..9) | bits(entry, 56..63) != 0 {
-                self.corrupt(format!("{at}: reserved bits"));
+                self.corrupt(format!("I2: {}: reserved bits", at()));
             }
             if offset == 0 {
                 if copied {
-                    self.strict(format!("{at}: COPIED without a table"));
+                    self.strict(format!("I5: {}: COPIED without a table", at()));
                 }
                 continue;
             }
             if offset % cluster != 0 {
-                self.corrupt(format!("{at}: unaligned"));
+                self.corrupt(format!("I2: {}: unaligned", at()));
                 continue;
             }
             self.own(Owner::L2(guest), offset..offset + cluster);
             if active && copied != (self.refcounts.get(offset / cluster) == 1) {
-                self.copied(format!("{at}: refcount {}", self.refcounts.get(offset / cluster)));
+                self.copied(format!("{}: refcount {}", at(), self.refcounts.get(offset / cluster)));
             }
             let table = self.file.bytes(offset, cluster);
             for index in 0..self.header.l2_entries() {
@@ -174,7 +180,7 @@ impl Check<'_> {
     /// The COPIED flag is wrong. While refcounts lag, it says nothing.
     fn copied(&mut self, what: String) {
         if !self.report.dirty {
-            self.corrupt(format!("{what}: COPIED is wrong"));
+            self.corrupt(format!("I5: {what}: COPIED is wrong"));
         }
     }
 
@@ -186,33 +192,33 @@ impl Check<'_> {
         }
         let at = || format!("{name} L2 entry of {guest:#x}, {:#x} {bitmap:#x}", entry.word);
         if entry.reserved != 0 {
-            self.corrupt(format!("{}: reserved bits", at()));
+            self.corrupt(format!("I2: {}: reserved bits", at()));
         }
         if entry.bitmap.is_some() && !matches!(entry.kind, Kind::Compressed(_)) {
             if entry.word & 1 == 1 {
-                self.strict(format!("{}: the zero flag is not for extended entries", at()));
+                self.strict(format!("I6: {}: the zero flag is not for extended entries", at()));
             }
             if entry.allocated() & entry.zero() != 0 {
-                self.corrupt(format!("{}: subclusters both allocated and zero", at()));
+                self.corrupt(format!("I6: {}: subclusters both allocated and zero", at()));
             }
         }
         match entry.kind.clone() {
             Kind::Unallocated => {
                 if entry.copied {
-                    self.strict(format!("{}: COPIED without a cluster", at()));
+                    self.strict(format!("I5: {}: COPIED without a cluster", at()));
                 }
                 if entry.allocated() != 0 {
-                    self.corrupt(format!("{}: subclusters of no cluster are allocated", at()));
+                    self.corrupt(format!("I6: {}: subclusters of no cluster are allocated", at()));
                 }
             }
             Kind::Normal(offset) if self.header.data_file() => {
                 if offset != guest || !entry.copied {
-                    self.strict(format!("{}: not the mapping of a data file", at()));
+                    self.strict(format!("I2: {}: not the mapping of a data file", at()));
                 }
             }
             Kind::Normal(offset) => {
                 if offset % cluster != 0 {
-                    self.corrupt(format!("{}: unaligned", at()));
+                    self.corrupt(format!("I2: {}: unaligned", at()));
                 }
                 self.own(Owner::Data(guest), offset..offset + cluster);
                 let refcount = self.refcounts.get(offset / cluster);
@@ -222,14 +228,14 @@ impl Check<'_> {
             }
             Kind::Compressed(bytes) => {
                 if entry.copied {
-                    self.corrupt(format!("{}: COPIED and compressed", at()));
+                    self.corrupt(format!("I5: {}: COPIED and compressed", at()));
                 }
                 if entry.bitmap.is_some_and(|bitmap| bitmap != 0) {
-                    self.corrupt(format!("{}: compressed with a bitmap", at()));
+                    self.corrupt(format!("I6: {}: compressed with a bitmap", at()));
                     return;
                 }
                 if self.header.data_file() {
-                    self.corrupt(format!("{}: compressed in a data file", at()));
+                    self.corrupt(format!("I2: {}: compressed in a data file", at()));
                     return;
                 }
                 self.own(Owner::Compressed(guest), bytes);
@@ -254,7 +260,7 @@ impl Check<'_> {
             for (part, word) in self.header.read_table(self.file, table).into_iter().enumerate() {
                 let offset = bits(word, 9..56);
                 if word & !(1 | offset) != 0 || (word & 1 == 1 && offset != 0) {
-                    self.corrupt(format!("part {part} of bitmap {index} is {word:#x}"));
+                    self.corrupt(format!("I2: part {part} of bitmap {index} is {word:#x}"));
                 } else if offset != 0 {
                     self.structure(format!("part {part} of bitmap {index}"), offset, cluster);
                 }
@@ -270,7 +276,7 @@ impl Check<'_> {
         for (cluster, owners) in &owners {
             let (refcount, references) = (self.refcounts.get(*cluster), owners.len() as u64);
             if refcount < references && !self.report.dirty {
-                self.corrupt(format!("cluster {cluster:#x}: refcount {refcount}, {owners:?}"));
+                self.corrupt(format!("I4: cluster {cluster:#x}: refcount {refcount}, {owners:?}"));
             }
         }
         for (cluster, refcount) in self.refcounts.in_use() {
@@ -290,7 +296,7 @@ impl Check<'_> {
             owners.dedup();
             let compressed = owners.iter().all(|owner| matches!(owner, Owner::Compressed(_)));
             if owners.len() > 1 && !compressed {
-                self.strict(format!("cluster {cluster:#x} belongs to {owners:?}"));
+                self.strict(format!("I3: cluster {cluster:#x} belongs to {owners:?}"));
             }
         }
     }

@@ -5,13 +5,20 @@
 
 mod builder;
 mod exhaustive;
+mod farm;
+mod faults;
+mod guest;
+mod handover;
 mod imagecheck;
 mod imagecheck_tests;
+mod inspect;
 mod layout;
+mod life;
 mod oracle;
 mod qemu;
 mod queues;
 mod random;
+mod report;
 mod scenario;
 mod schedules;
 mod snapshot;

@@ -5,13 +5,44 @@
 //! says which write it is from, for which sector, and whether it is torn.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::rc::Rc;
 
 pub const SECTOR: u64 = 512;
 
 /// What a sector is filled with; 0 is zeroes.
 pub type Word = u64;
+
+/// Stands for what a sector holds that was found torn, and let pass.
+const UNKNOWN: Word = u64::MAX;
+
+/// What a crash may do to a sector that was written since the last flush.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// It holds what it held or what was written: this driver's promise.
+    Strict,
+    /// It may hold anything, another file's bytes included: QEMU's promise.
+    Parity,
+}
+
+impl Mode {
+    /// What `QCOW2RS_ORACLE` says, `strict` or `parity`; strict if nothing.
+    pub fn from_environment() -> Mode {
+        match std::env::var("QCOW2RS_ORACLE").as_deref() {
+            Ok("parity") => Mode::Parity,
+            Ok("strict") | Err(_) => Mode::Strict,
+            Ok(other) => panic!("QCOW2RS_ORACLE={other}: neither strict nor parity"),
+        }
+    }
+}
+
+/// What was found after a crash.
+pub struct Judged {
+    pub words: Vec<Word>,
+    /// Sectors that hold what only QEMU's promise allows.
+    pub foreign: u64,
+}
 
 /// The word that write number `tag` puts into a sector.
 pub fn word(tag: u32, sector: u64) -> Word {
@@ -20,24 +51,31 @@ pub fn word(tag: u32, sector: u64) -> Word {
 
 /// The bytes of sectors filled with these words.
 pub fn fill(words: impl Iterator<Item = Word>) -> Vec<u8> {
-    words.flat_map(|word| word.to_ne_bytes().repeat(64)).collect()
+    let mut bytes = Vec::with_capacity(words.size_hint().0 * SECTOR as usize);
+    for word in words {
+        let mut sector = [0; SECTOR as usize];
+        sector.chunks_exact_mut(8).for_each(|part| part.copy_from_slice(&word.to_ne_bytes()));
+        bytes.extend_from_slice(&sector);
+    }
+    bytes
 }
 
 /// The word that a sector is filled with.
 fn decode(bytes: &[u8]) -> Result<Word, String> {
-    let word = Word::from_ne_bytes(bytes[..8].try_into().unwrap());
-    match bytes.chunks_exact(8).position(|other| other != word.to_ne_bytes()) {
-        None => Ok(word),
-        Some(at) => {
-            let other = Word::from_ne_bytes(bytes[at * 8..at * 8 + 8].try_into().unwrap());
-            Err(format!("torn: {} and, from byte {} on, {}", name(word), at * 8, name(other)))
-        }
+    let part = |at: usize| Word::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+    let word = part(0);
+    // All bytes are those eight bytes before.
+    if bytes[..bytes.len() - 8] == bytes[8..] {
+        return Ok(word);
     }
+    let at = (0..bytes.len()).step_by(8).find(|at| part(*at) != word).unwrap_or(0);
+    Err(format!("torn: {} and, from byte {at} on, {}", name(word), name(part(at))))
 }
 
 fn name(word: Word) -> String {
     match word {
         0 => "zeroes".to_owned(),
+        UNKNOWN => "what nobody knows".to_owned(),
         _ => format!("write {} of sector {:#x}", word >> 32, word & 0xffff_ffff),
     }
 }
@@ -88,21 +126,29 @@ struct Event {
 
 #[derive(Clone, Debug)]
 pub struct Oracle {
-    sectors: Vec<Vec<Event>>,
-    /// Sectors with more than one event.
-    open: BTreeSet<u64>,
+    /// What the sectors hold, but for those in `open`.
+    settled: Vec<Word>,
+    /// Sectors that may hold more than one thing, with all that happened to them.
+    open: BTreeMap<u64, Vec<Event>>,
+    /// What the disk held at first.
+    opened: Rc<Vec<Word>>,
     clock: u64,
     next_tag: u32,
     reads: Cell<u32>,
 }
 
+/// What happened to a sector last, durably, of which no more is known than that.
+fn settled(value: Word) -> Event {
+    Event { tag: 0, value, issued: 0, ended: Some(1), sure: true, durable: true }
+}
+
 impl Oracle {
     /// A disk whose sectors hold these words.
     pub fn new(words: impl IntoIterator<Item = Word>) -> Oracle {
-        let event =
-            |value| Event { tag: 0, value, issued: 0, ended: Some(1), sure: true, durable: true };
-        let sectors = words.into_iter().map(|value| vec![event(value)]).collect();
-        Oracle { sectors, open: BTreeSet::new(), clock: 1, next_tag: 1, reads: Cell::new(0) }
+        let settled: Vec<Word> = words.into_iter().collect();
+        let opened = Rc::new(settled.clone());
+        let open = BTreeMap::new();
+        Oracle { settled, open, opened, clock: 1, next_tag: 1, reads: Cell::new(0) }
     }
 
     /// The disk after a crash that was found to hold these words. Tags go on, so
@@ -111,8 +157,13 @@ impl Oracle {
         Oracle { next_tag: self.next_tag, ..Oracle::new(words) }
     }
 
+    /// Whether these words are what the disk held at first.
+    pub fn is_as_opened(&self, words: &[Word]) -> bool {
+        self.opened[..] == *words
+    }
+
     pub fn size(&self) -> u64 {
-        self.sectors.len() as u64 * SECTOR
+        self.settled.len() as u64 * SECTOR
     }
 
     fn tick(&mut self) -> u64 {
@@ -133,8 +184,8 @@ impl Oracle {
             let value = if change == Change::Write { word(tag, sector) } else { 0 };
             let sure = change != Change::Discard;
             let event = Event { tag, value, issued, ended: None, sure, durable: false };
-            self.sectors[sector as usize].push(event);
-            self.open.insert(sector);
+            let before = self.settled[sector as usize];
+            self.open.entry(sector).or_insert_with(|| vec![settled(before)]).push(event);
         }
         Ticket { tag, sectors }
     }
@@ -143,8 +194,8 @@ impl Oracle {
     pub fn end(&mut self, ticket: &Ticket, success: bool, durable: bool) {
         let now = self.tick();
         for sector in ticket.sectors.clone() {
-            let events = &mut self.sectors[sector as usize];
-            if let Some(event) = events.iter_mut().find(|event| event.tag == ticket.tag) {
+            let events = self.open.get_mut(&sector).into_iter().flatten();
+            if let Some(event) = events.into_iter().find(|event| event.tag == ticket.tag) {
                 event.ended = Some(now);
                 event.sure &= success;
                 event.durable = success && durable;
@@ -161,10 +212,10 @@ impl Oracle {
     /// A flush that was asked for at `begun` succeeded.
     pub fn end_flush(&mut self, begun: u64) {
         self.tick();
-        for sector in self.open.clone() {
-            for event in &mut self.sectors[sector as usize] {
-                event.durable |= event.ended.is_some_and(|ended| ended <= begun);
-            }
+        for event in self.open.values_mut().flatten() {
+            event.durable |= event.ended.is_some_and(|ended| ended <= begun);
+        }
+        for sector in self.open.keys().copied().collect::<Vec<_>>() {
             self.prune(sector);
         }
     }
@@ -192,26 +243,43 @@ impl Oracle {
 
     /// Whether the disk may hold this after a crash; which words it is.
     pub fn after_crash(&self, bytes: &[u8]) -> Result<Vec<Word>, String> {
-        let sectors = (0..).zip(bytes.chunks_exact(SECTOR as usize));
-        sectors.map(|(sector, bytes)| self.judge(sector, bytes, |event| event.durable)).collect()
+        Ok(self.judge_crash(bytes, Mode::Strict)?.words)
+    }
+
+    /// As `after_crash`, as strictly as the mode says.
+    pub fn judge_crash(&self, bytes: &[u8], mode: Mode) -> Result<Judged, String> {
+        let mut judged = Judged { words: Vec::with_capacity(self.settled.len()), foreign: 0 };
+        for (sector, bytes) in (0..).zip(bytes.chunks_exact(SECTOR as usize)) {
+            let word = match self.judge(sector, bytes, |event| event.durable) {
+                Ok(word) => word,
+                Err(what) if !self.is_unflushed(sector) => return Err(what),
+                Err(what) if mode == Mode::Strict => {
+                    return Err(format!("{what} (QEMU's promise would let it pass)"));
+                }
+                Err(_) => {
+                    judged.foreign += 1;
+                    decode(bytes).unwrap_or(UNKNOWN)
+                }
+            };
+            judged.words.push(word);
+        }
+        Ok(judged)
+    }
+
+    /// Whether anything was asked of a sector that no flush has covered.
+    fn is_unflushed(&self, sector: u64) -> bool {
+        self.open.get(&sector).into_iter().flatten().any(|event| !event.durable)
     }
 
     /// The same for two disks that may hold the same after a crash, if nobody reads.
     pub fn fingerprint(&self) -> u64 {
         let mix = |hash: u64, word: Word| (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut all = 0u64;
-        for events in &self.sectors {
-            all = all.rotate_left(23);
-            match &events[..] {
-                [event] => all = mix(all, event.value),
-                _ => {
-                    // No older event is left that a crash could not bring back.
-                    let words: BTreeSet<Word> = events.iter().map(|event| event.value).collect();
-                    all = words.into_iter().fold(!all, mix);
-                }
-            }
-        }
-        all
+        let settled = self.settled.iter().fold(0u64, |all, word| mix(all.rotate_left(23), *word));
+        self.open.iter().fold(settled, |all, (sector, events)| {
+            // No older event is left that a crash could not bring back.
+            let words: BTreeSet<Word> = events.iter().map(|event| event.value).collect();
+            words.into_iter().fold(mix(!all.rotate_left(23), *sector), mix)
+        })
     }
 
     /// Whether the sector may hold this, where events that `overwrites` says so
@@ -222,14 +290,20 @@ impl Oracle {
         bytes: &[u8],
         overwrites: impl Fn(&Event) -> bool,
     ) -> Result<Word, String> {
-        let events = &self.sectors[sector as usize];
+        let found = decode(bytes);
+        let known = self.settled[sector as usize];
+        let events = match self.open.get(&sector) {
+            None if found == Ok(known) || known == UNKNOWN => return Ok(known),
+            None => &vec![settled(known)],
+            Some(events) => events,
+        };
         let over = events.iter().filter(|event| event.sure && overwrites(event));
         let bar = over.map(|event| event.issued).max().unwrap_or(0);
         let possible = events.iter().filter(|event| event.ended.is_none_or(|ended| ended > bar));
         let words: Vec<Word> = possible.map(|event| event.value).collect();
-        let found = decode(bytes);
         match found {
             Ok(word) if words.contains(&word) => Ok(word),
+            _ if words.contains(&UNKNOWN) => Ok(UNKNOWN),
             _ => {
                 let found = found.map_or_else(|torn| torn, name);
                 let may: Vec<String> = words.into_iter().map(name).collect();
@@ -243,11 +317,13 @@ impl Oracle {
         if self.reads.get() > 0 {
             return;
         }
-        let events = &mut self.sectors[sector as usize];
+        let Some(events) = self.open.get_mut(&sector) else { return };
         let over = events.iter().filter(|event| event.sure && event.durable);
         let bar = over.map(|event| event.issued).max().unwrap_or(0);
         events.retain(|event| event.ended.is_none_or(|ended| ended > bar));
-        if events.len() == 1 {
+        // What is left alone is what has replaced all else.
+        if let [event] = &events[..] {
+            self.settled[sector as usize] = event.value;
             self.open.remove(&sector);
         }
     }
@@ -319,6 +395,27 @@ mod tests {
         let quick = oracle.begin_read();
         assert!(reads(&mut oracle, quick, word(1, 0)));
         assert!(reads(&mut oracle, slow, 7));
+    }
+
+    #[test]
+    fn qemu_promises_nothing_of_what_was_not_flushed() {
+        let mut oracle = Oracle::new([7, 7]);
+        let ticket = oracle.begin(Change::Write, 0..1);
+        oracle.end(&ticket, true, false);
+        let foreign = |word: Word, other: Word| fill([word, other].into_iter());
+        let strict = oracle.judge_crash(&foreign(8, 7), Mode::Strict);
+        assert!(strict.err().unwrap().contains("QEMU's promise would let it pass"));
+        let found = oracle.judge_crash(&foreign(8, 7), Mode::Parity).unwrap();
+        assert_eq!((found.words, found.foreign), (vec![8, 7], 1));
+        let mut torn = foreign(8, 7);
+        torn[99] = 1;
+        let found = oracle.judge_crash(&torn, Mode::Parity).unwrap();
+        let later = oracle.recovered(found.words);
+        assert!(later.judge_crash(&torn, Mode::Strict).is_ok(), "what was let pass stays");
+        assert!(oracle.judge_crash(&foreign(7, 8), Mode::Parity).is_err(), "it was flushed");
+        let flush = oracle.begin_flush();
+        oracle.end_flush(flush);
+        assert!(oracle.judge_crash(&foreign(8, 7), Mode::Parity).is_err(), "it is flushed now");
     }
 
     #[test]

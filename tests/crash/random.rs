@@ -3,20 +3,18 @@
 //! `QCOW2RS_SEED=n` runs one seed; `QCOW2RS_CRASH_ROUNDS=n` says how many are
 //! run for each kind.
 
-use std::cell::Cell;
-
 use super::builder::Kind;
 use super::qemu;
 use super::scenario::{Config, Scenario};
 use super::tally::Tally;
 
-fn number(variable: &str) -> Option<u64> {
+pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(text.parse().unwrap_or_else(|error| panic!("{variable}={text}: {error}")))
 }
 
 /// Seeds for each configuration, unless the environment says otherwise.
-const ROUNDS: u64 = 10;
+const ROUNDS: u64 = 1;
 
 /// Runs the seeds of one family of configurations. A seed says which one it is.
 fn run(family: u64, configs: &[Config]) {
@@ -24,8 +22,7 @@ fn run(family: u64, configs: &[Config]) {
     let qemu_every = if qemu::available() { 50 } else { 0 };
     let run = |seed: u64| {
         let config = configs[(seed / 10 % count) as usize].clone();
-        let scenario =
-            Scenario { config, seed, qemu_every: Cell::new(qemu_every), crashes: Cell::new(0) };
+        let scenario = Scenario::new(config, seed).show_qemu(qemu_every);
         if let Err(failure) = scenario.run() {
             panic!("{}", scenario.report(&failure));
         }
@@ -54,19 +51,11 @@ pub const SMALL: Kind = Kind {
     snapshot: false,
     crowded: false,
     lazy: false,
+    autoclear: false,
 };
 
 pub fn config(kind: Kind) -> Config {
-    let slice = kind.cluster.min(4096);
-    Config {
-        kind,
-        alignment: 1,
-        cache: (2 * slice, slice),
-        punch: true,
-        discard_keeps: false,
-        faults: false,
-        give_up: false,
-    }
+    Config::new(kind)
 }
 
 fn kinds() -> Vec<Kind> {
@@ -88,10 +77,13 @@ fn kinds() -> Vec<Kind> {
         Kind { backing: true, ..extended },
         Kind { snapshot: true, refcount_bits: 64, ..extended },
         Kind { backing: true, cluster: 65536, size: (1 << 20) + 512, ..extended },
+        Kind { lazy: true, ..SMALL },
+        Kind { autoclear: true, backing: true, ..SMALL },
+        Kind { autoclear: true, ..extended },
     ]
 }
 
-fn configs() -> Vec<Config> {
+pub fn configs() -> Vec<Config> {
     kinds().into_iter().map(config).collect()
 }
 
@@ -142,4 +134,41 @@ fn random_requests_survive_faults() {
 fn random_requests_survive_those_given_up() {
     let hasty = configs().into_iter().map(|config| Config { give_up: true, ..config });
     run(3, &hasty.collect::<Vec<_>>());
+}
+
+#[test]
+fn one_seed_tells_one_story() {
+    let kind = Kind { backing: true, ..SMALL };
+    let story = |seed| {
+        let scenario = Scenario::new(Config { faults: true, give_up: true, ..config(kind) }, seed);
+        if let Err(failure) = scenario.run() {
+            panic!("{}", scenario.report(&failure));
+        }
+        let tally = *scenario.tally.borrow();
+        format!("{tally:?}")
+    };
+    assert_eq!(story(7), story(7));
+    assert_ne!(story(7), story(8));
+}
+
+#[test]
+fn images_go_to_qemu_and_come_back() {
+    if !qemu::available() {
+        return;
+    }
+    let small = Kind { size: 64 << 10, ..SMALL };
+    let extended = Kind { extended_l2: true, cluster: 16384, ..small };
+    let kinds = [Kind { backing: true, ..small }, Kind { snapshot: true, ..small }, extended];
+    for kind in kinds {
+        // By chance; but not for long.
+        let both = (1..20).any(|seed| {
+            let scenario = Scenario::new(config(kind), seed).show_qemu(4);
+            if let Err(failure) = scenario.run() {
+                panic!("{}", scenario.report(&failure));
+            }
+            let tally = *scenario.tally.borrow();
+            tally.handovers > 0 && tally.qemu_checks > 0
+        });
+        assert!(both, "{kind:?}");
+    }
 }

@@ -28,6 +28,6 @@ pub fn check_snapshot(disk: &SimDisk) -> Result<(), String> {
     let l1 = tables.first().copied().ok_or("the snapshot is gone")?;
     match read_guest(&*file, &Header { l1, ..header }, base) == kept.bytes() {
         true => Ok(()),
-        false => Err("the snapshot has changed".to_owned()),
+        false => Err("I9: the snapshot has changed".to_owned()),
     }
 }

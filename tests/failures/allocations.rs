@@ -24,6 +24,7 @@ fn image(extended_l2: bool) -> Vec<u8> {
         snapshot: true,
         crowded: false,
         lazy: false,
+        autoclear: false,
     };
     build(kind, |index| match index % 3 {
         0 => Cluster::Data { bytes: vec![1; CLUSTER as usize], alloc: 0x55, zero: 0 },

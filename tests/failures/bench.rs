@@ -27,6 +27,7 @@ pub fn kinds() -> Vec<Kind> {
         snapshot: false,
         crowded: false,
         lazy: false,
+        autoclear: false,
     };
     let extended = Kind { cluster: 16 << 10, extended_l2: true, size: 512 << 10, ..tiny };
     vec![

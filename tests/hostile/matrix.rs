@@ -28,6 +28,7 @@ fn kinds() -> Vec<Kind> {
         snapshot: false,
         crowded: false,
         lazy: false,
+        autoclear: false,
     };
     let mut kinds = Vec::new();
     for cluster in [512, 4096, 64 << 10] {

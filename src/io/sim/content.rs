@@ -52,12 +52,16 @@ pub(super) struct Content {
     pub(super) lengths: Vec<Version<u64>>,
     unsynced: BTreeMap<OpId, Unsynced>,
     seq: Seq,
+    /// All that the first sector was seen to hold, oldest first: in most formats
+    /// the header, which no crash may turn into something that never was.
+    pub(super) firsts: Vec<Sector>,
 }
 
 impl Content {
     /// Bytes that are visible and durable, as a file that lay there for long.
     pub(super) fn settled(bytes: Pages, length: u64) -> Content {
         Content {
+            firsts: vec![sector_of(&bytes, 0)],
             visible: bytes.clone(),
             length,
             durable: bytes,
@@ -128,9 +132,10 @@ impl Content {
         self.seq += 1;
         let unsynced = self.unsynced.entry(op).or_default();
         for sector in sectors {
-            let mut bytes = [0; SECTOR as usize];
-            self.visible.read(sector * SECTOR, &mut bytes);
-            let value = (bytes != [0; SECTOR as usize]).then(|| Arc::new(bytes));
+            let value = sector_of(&self.visible, sector);
+            if sector == 0 {
+                self.firsts.push(value.clone());
+            }
             let version = Version { seq: self.seq, op, value };
             self.sectors.entry(sector).or_default().push(version);
             unsynced.sectors.push(sector);
@@ -222,6 +227,13 @@ impl Content {
         };
         self.length == other.length && contained(self, other) && contained(other, self)
     }
+}
+
+/// A sector's content.
+fn sector_of(pages: &Pages, sector: u64) -> Sector {
+    let mut bytes = [0; SECTOR as usize];
+    pages.read(sector * SECTOR, &mut bytes);
+    (bytes != [0; SECTOR as usize]).then(|| Arc::new(bytes))
 }
 
 /// Puts a sector's content into place.

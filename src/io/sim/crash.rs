@@ -22,6 +22,12 @@ pub enum Crash {
         /// Bytes that change together or not at all; a power of two.
         unit: u64,
     },
+    /// As `Power`, but a unit that was being changed may hold neither: garbage.
+    /// Hostile; shows what rests on units that change at once.
+    Garbage {
+        /// As there.
+        unit: u64,
+    },
 }
 
 impl SimDisk {
@@ -37,7 +43,8 @@ impl SimDisk {
         for id in in_flight {
             let op = &world.ops[&id];
             if world.may_still_happen(op) && rng.chance(share, 4) {
-                op.change(id, &mut contents[op.file], op.len);
+                let upto = op.stop(&mut rng);
+                op.change(id, &mut contents[op.file], upto);
             }
         }
         let mut ops: Vec<OpId> = contents.iter().flat_map(Content::unsynced).collect();
@@ -45,14 +52,19 @@ impl SimDisk {
         let fates = Fates::draw(&ops, &mut rng);
         let after = World::new(rng.next_u64());
         let after = SimDisk(Arc::new(Mutex::new(after)));
-        for (file, content) in world.files.iter().zip(contents) {
-            let content = match crash {
+        for (file, mut content) in world.files.iter().zip(contents) {
+            let firsts = std::mem::take(&mut content.firsts);
+            let mut content = match crash {
                 Crash::Process => Content::settled(content.visible, content.length),
-                Crash::Power { unit } => power_loss(content, unit, &fates, &mut rng),
+                Crash::Power { unit } => power_loss(content, unit, false, &fates, &mut rng),
+                Crash::Garbage { unit } => power_loss(content, unit, true, &fates, &mut rng),
             };
+            content.firsts = firsts;
             let (name, options) = (file.name.clone(), file.options.clone());
             let counters = Counters::default();
-            after.world().files.push(FileState { name, options, content, counters });
+            let (owed, retired) = (None, false);
+            let file = FileState { name, options, content, counters, owed, retired };
+            after.world().files.push(file);
         }
         after
     }
@@ -115,8 +127,15 @@ impl Fates {
     }
 }
 
-/// The content of a file after power was lost.
-pub(super) fn power_loss(mut file: Content, unit: u64, fates: &Fates, rng: &mut Rng) -> Content {
+/// The content of a file after power was lost; with `garbage`, a unit whose change
+/// is among those torn may hold anything.
+fn power_loss(
+    mut file: Content,
+    unit: u64,
+    garbage: bool,
+    fates: &Fates,
+    rng: &mut Rng,
+) -> Content {
     let kept = |v: &&Version<u64>| fates.length.get(&v.op).copied().unwrap_or(false);
     if let Some(seq) = file.lengths.iter().rfind(kept).map(|v| v.seq) {
         file.persist_length(seq);
@@ -136,6 +155,14 @@ pub(super) fn power_loss(mut file: Content, unit: u64, fates: &Fates, rng: &mut 
         let versions = sectors.iter().flat_map(|sector| &file.sectors[sector]);
         let mut changes: BTreeMap<Seq, OpId> = BTreeMap::new();
         changes.extend(versions.map(|v| (v.seq, v.op)));
+        let torn = || changes.values().any(|op| fates.data.get(op) == Some(&Fate::Torn));
+        if garbage && torn() && rng.chance(1, 4) {
+            for sector in sectors {
+                let bytes: Vec<u8> = (0..SECTOR).map(|_| rng.next_u64() as u8).collect();
+                file.durable.write(sector * SECTOR, &bytes);
+            }
+            continue;
+        }
         let kept = changes.into_iter().filter(|(_, op)| fates.keeps(*op, rng));
         if let Some((seq, _)) = kept.last() {
             for sector in sectors {

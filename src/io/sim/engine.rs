@@ -161,6 +161,9 @@ impl Future for Operation<'_> {
             return Poll::Pending;
         };
         let op = world.ops.remove(&id);
+        if this.kind == OpKind::Sync && result.is_err() {
+            world.files[this.file.index].counters.failed_syncs += 1;
+        }
         drop(world);
         if let (Data::To(to), Some(op), Ok(())) = (&this.data, op, result) {
             match to {

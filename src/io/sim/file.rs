@@ -54,6 +54,10 @@ pub struct Counters {
     pub syncs: u64,
     pub bytes_read: u64,
     pub bytes_written: u64,
+    /// Operations that failed because they were made to.
+    pub failed: u64,
+    /// Syncs whose failure was heard of.
+    pub failed_syncs: u64,
 }
 
 impl Counters {
@@ -118,7 +122,14 @@ impl SimDisk {
         let mut world = self.world();
         let name = name.to_owned();
         let counters = Counters::default();
-        world.files.push(FileState { name, options, content, counters });
+        world.files.push(FileState {
+            name,
+            options,
+            content,
+            counters,
+            owed: None,
+            retired: false,
+        });
         Arc::new(SimFile { disk: self.clone(), index: world.files.len() - 1 })
     }
 
@@ -178,6 +189,22 @@ impl SimFile {
     /// What has been asked of it.
     pub fn counters(&self) -> Counters {
         self.with(|file| file.counters)
+    }
+
+    /// All that its first sector was seen to hold, oldest first, also before the
+    /// crash that this disk came from.
+    pub fn first_sectors(&self) -> Vec<[u8; 512]> {
+        let zeroes = [0; 512];
+        let seen = |file: &mut FileState| {
+            let firsts = file.content.firsts.iter();
+            firsts.map(|first| first.as_ref().map_or(zeroes, |bytes| **bytes)).collect()
+        };
+        self.with(seen)
+    }
+
+    /// It was closed: any operation from now on is a violation.
+    pub fn retire(&self) {
+        self.with(|file| file.retired = true);
     }
 
     /// Copies the bytes that readers see, without an operation; zeroes past

@@ -44,6 +44,17 @@ impl Journal {
         self.0.push((step, op, event));
     }
 
+    /// The last few notes, oldest first.
+    pub(super) fn last_notes(&self, count: usize) -> Vec<String> {
+        let notes = self.0.iter().rev().filter_map(|(.., event)| match event {
+            Event::Note(note) => Some(note.clone()),
+            _ => None,
+        });
+        let mut notes: Vec<String> = notes.take(count).collect();
+        notes.reverse();
+        notes
+    }
+
     /// One line for each event: the step, the operation, what happened to it.
     pub(super) fn text(&self, file_name: impl Fn(usize) -> String) -> String {
         let mut text = String::new();

@@ -11,6 +11,8 @@ mod content;
 mod crash;
 mod engine;
 mod exec;
+#[cfg(test)]
+mod fault_tests;
 mod file;
 mod journal;
 mod outcomes;
@@ -33,7 +35,7 @@ pub use self::journal::OpKind;
 pub use self::outcomes::{AtStake, Remains};
 pub use self::pattern::{Fault, Pattern, Stage};
 pub use self::rng::Rng;
-pub use crate::sys::memory::{GuestMut, GuestRef};
+pub use crate::sys::memory::{GuestMut, GuestRef, live_blocks};
 
 use self::journal::Event;
 use self::world::{HoldState, World};
@@ -63,6 +65,11 @@ impl SimDisk {
         world.journal.text(|file| world.file_name(file))
     }
 
+    /// The last few lines that were put into it by `note`.
+    pub fn last_notes(&self, count: usize) -> Vec<String> {
+        self.world().journal.last_notes(count)
+    }
+
     /// Puts a line of one's own into the journal.
     pub fn note(&self, text: impl Into<String>) {
         let mut world = self.world();
@@ -74,6 +81,12 @@ impl SimDisk {
     /// unaligned operations, operations after the end.
     pub fn violations(&self) -> Vec<String> {
         self.world().violations.clone()
+    }
+
+    /// Number of operations that were issued and have not completed.
+    pub fn in_flight(&self) -> usize {
+        let done = |op: &&world::Op| matches!(op.state, world::State::Completed(_));
+        self.world().ops.values().filter(|op| !done(op)).count()
     }
 
     /// Makes operations fail from now on.

@@ -168,7 +168,7 @@ impl AtStake {
         let world = self.disk.world();
         let mut after = World::new(world.rng.clone().next_u64());
         for (index, file) in world.files.iter().enumerate() {
-            let content = if index == self.file {
+            let mut content = if index == self.file {
                 let mut pages = self.content.durable.clone();
                 for (sector, value) in &remains.sectors {
                     put(&mut pages, *sector, value);
@@ -178,9 +178,12 @@ impl AtStake {
             } else {
                 Content::settled(file.content.visible.clone(), file.content.length)
             };
+            content.firsts.clone_from(&file.content.firsts);
             let (name, options) = (file.name.clone(), file.options.clone());
             let counters = Counters::default();
-            after.files.push(FileState { name, options, content, counters });
+            let (owed, retired) = (None, false);
+            let file = FileState { name, options, content, counters, owed, retired };
+            after.files.push(file);
         }
         SimDisk(Arc::new(Mutex::new(after)))
     }

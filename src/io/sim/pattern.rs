@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::journal::OpKind;
+use super::rng::Rng;
 
 /// Matches operations as they are issued. Empty, it matches each.
 #[derive(Clone, Default, Debug)]
@@ -12,6 +13,8 @@ pub struct Pattern {
     range: Option<Range<u64>>,
     word: Option<u64>,
     skip: u64,
+    /// One in so many, but for chance; 0 is all.
+    rarity: u64,
 }
 
 impl Pattern {
@@ -51,6 +54,12 @@ impl Pattern {
         self
     }
 
+    /// Only one in `count` of those that would match, at random.
+    pub fn one_in(mut self, count: u64) -> Pattern {
+        self.rarity = count;
+        self
+    }
+
     /// Whether this operation is meant; counts down those to be let pass.
     pub(super) fn matches(
         &mut self,
@@ -58,6 +67,7 @@ impl Pattern {
         file: &str,
         range: Range<u64>,
         data: &[u8],
+        rng: &mut Rng,
     ) -> bool {
         let touches = |wanted: &Range<u64>| wanted.start < range.end && range.start < wanted.end;
         let carries = |word: u64| {
@@ -71,7 +81,7 @@ impl Pattern {
             self.skip -= 1;
             return false;
         }
-        meant
+        meant && (self.rarity < 2 || rng.chance(1, self.rarity))
     }
 }
 

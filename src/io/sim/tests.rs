@@ -12,29 +12,29 @@ use crate::io::engine::{Piece, Target, ZeroMode};
 use crate::io::storage::{Access, Source, Storage};
 use crate::sys::memory::{GuestMut, GuestRef};
 
-const POWER: Crash = Crash::Power { unit: 512 };
+pub(super) const POWER: Crash = Crash::Power { unit: 512 };
 
-async fn write(file: &SimFile, offset: u64, data: &[u8]) -> Result<()> {
+pub(super) async fn write(file: &SimFile, offset: u64, data: &[u8]) -> Result<()> {
     let pieces = [Piece::Guest(GuestRef::from_slice(data))];
     Operation::write(file, &pieces, offset).await
 }
 
-async fn read(file: &SimFile, offset: u64, len: usize) -> Result<Vec<u8>> {
+pub(super) async fn read(file: &SimFile, offset: u64, len: usize) -> Result<Vec<u8>> {
     let mut out = vec![0xee; len];
     Operation::read(file, Target::Guest(GuestMut::from_slice(&mut out)), offset).await?;
     Ok(out)
 }
 
-async fn sync(file: &SimFile) -> Result<()> {
+pub(super) async fn sync(file: &SimFile) -> Result<()> {
     Operation::sync(file).await
 }
 
-fn file_of(disk: &SimDisk, sectors: usize) -> std::sync::Arc<SimFile> {
+pub(super) fn file_of(disk: &SimDisk, sectors: usize) -> std::sync::Arc<SimFile> {
     disk.create_with("f", FileOptions::default(), &vec![0; sectors * 512])
 }
 
 /// First byte of each sector; each sector must be of one piece.
-fn tags(disk: &SimDisk) -> Vec<u8> {
+pub(super) fn tags(disk: &SimDisk) -> Vec<u8> {
     let bytes = disk.file("f").unwrap().bytes();
     bytes
         .chunks(512)
@@ -46,7 +46,7 @@ fn tags(disk: &SimDisk) -> Vec<u8> {
 }
 
 /// All states of the file that crashes of this kind leave, in `tries` draws.
-fn states(disk: &SimDisk, crash: Crash, tries: u64) -> BTreeSet<Vec<u8>> {
+pub(super) fn states(disk: &SimDisk, crash: Crash, tries: u64) -> BTreeSet<Vec<u8>> {
     (0..tries).map(|seed| tags(&disk.crash(crash, seed))).collect()
 }
 

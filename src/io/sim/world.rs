@@ -36,6 +36,10 @@ pub(super) struct FileState {
     pub(super) options: FileOptions,
     pub(super) content: Content,
     pub(super) counters: Counters,
+    /// The errno of a sync that failed when nobody waited for it any more.
+    pub(super) owed: Option<i32>,
+    /// Nobody has it open: each operation is a violation.
+    pub(super) retired: bool,
 }
 
 pub(super) struct Op {
@@ -139,15 +143,21 @@ impl World {
         let (name, range) = (&self.files[file].name, offset..offset.saturating_add(len));
         let mut fault = None;
         self.faults.retain_mut(|f| {
-            let hit = fault.is_none() && f.pattern.matches(kind, name, range.clone(), &bytes);
+            let hit = fault.is_none()
+                && f.pattern.matches(kind, name, range.clone(), &bytes, &mut self.rng);
             if hit {
                 fault = Some(f.errno);
             }
             !hit || f.forever
         });
+        if kind == OpKind::Sync {
+            fault = fault.or(self.files[file].owed.take());
+        }
+        let name = &self.files[file].name;
         let mut hold = None;
         for (index, h) in self.holds.iter_mut().enumerate() {
-            if h.active && !h.closed && h.pattern.matches(kind, name, range.clone(), &bytes) {
+            let catches = h.active && !h.closed;
+            if catches && h.pattern.matches(kind, name, range.clone(), &bytes, &mut self.rng) {
                 hold = Some(index);
             }
         }
@@ -174,10 +184,12 @@ impl World {
 
     /// The errno for what must not be asked at all; noted as a violation.
     fn refusal(&mut self, file: usize, kind: OpKind, offset: u64, len: u64) -> Option<i32> {
-        let FileState { name, options, .. } = &self.files[file];
+        let FileState { name, options, retired, .. } = &self.files[file];
         let fits = |value: u64| value % options.alignment.max(1) == 0;
         let (errno, why) = if self.stopped {
             (libc::EIO, "after the disk was stopped")
+        } else if *retired {
+            (libc::EBADF, "on a file that is closed")
         } else if kind.changes() && options.read_only {
             (libc::EBADF, "on a read-only file")
         } else if kind == OpKind::Truncate && options.device.is_some() {
@@ -319,7 +331,8 @@ impl World {
     /// An operation fails, maybe after a part of it took effect.
     fn fail(&mut self, id: OpId, op: &mut Op, errno: i32) {
         self.journal.add(self.step, id, Event::Fail(errno));
-        let FileState { content, options, .. } = &mut self.files[op.file];
+        let FileState { content, options, counters, .. } = &mut self.files[op.file];
+        counters.failed += 1;
         match op.kind {
             OpKind::Sync => content.fail_sync(op.claims),
             OpKind::Write if self.rng.chance(1, 2) => {
@@ -366,6 +379,12 @@ impl World {
             if let Some(upto) = upto.filter(|_| op.kind != OpKind::Read) {
                 self.effect(id, &mut op, upto);
             }
+        }
+        // Its failure is not lost with the future: the next sync tells of it.
+        if let (OpKind::Sync, State::Applied(Err(errno)) | State::Completed(Err(errno))) =
+            (op.kind, op.state)
+        {
+            self.files[op.file].owed = Some(errno);
         }
         if !matches!(op.state, State::Completed(_)) {
             self.complete(id, &mut op, Ok(()));
@@ -428,6 +447,17 @@ impl Op {
             OpKind::Truncate => content.truncate(id, self.offset),
             OpKind::Read | OpKind::Sync => {}
         }
+    }
+
+    /// How far a crash lets the operation get, if it lets it happen at all: a write
+    /// may stop at any sector.
+    pub(super) fn stop(&self, rng: &mut Rng) -> u64 {
+        let sectors = (self.len - self.progress) / SECTOR;
+        if self.kind != OpKind::Write || sectors < 2 || rng.chance(1, 2) {
+            return self.len;
+        }
+        let first = (self.offset + self.progress) / SECTOR + 1;
+        ((first + rng.below(sectors)) * SECTOR - self.offset).min(self.len)
     }
 
     /// The parts of a write that lie in one sector each, with their offsets.

@@ -1,7 +1,7 @@
 //! A scene for a chosen schedule: an image in a known state, requests that the
 //! oracle knows of, operations held back, and crashes at every step.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::ops::{ControlFlow, Range};
 
 use qcow2rs::image::Disk;
@@ -13,12 +13,11 @@ use qcow2rs::io::sim::{
 use qcow2rs::{Result, ZeroFlags};
 
 use super::super::builder::{Cluster, build};
-use super::super::imagecheck;
-use super::super::layout::{Entry, Header, ReadAt, bits, read_guest};
+use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
 use super::super::scenario::{Config, Failure, Scenario, open};
-use super::super::snapshot::{check_snapshot, keep_snapshot};
-use super::super::tally::crash_image;
+use super::super::snapshot::keep_snapshot;
+use super::super::{imagecheck, inspect};
 
 /// Marks the words that the image holds at first, and those of the backing file.
 const STORED: u32 = 0xaaaa_0000;
@@ -112,8 +111,7 @@ impl Scene {
     /// Opens the image of a disk on which the oracle knows what to find.
     pub fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
         let image = disk.block_on(open(&disk, config)).expect("the image can be opened");
-        let (qemu_every, crashes) = (Cell::new(0), Cell::new(0));
-        let scenario = Scenario { config: config.clone(), seed, qemu_every, crashes };
+        let scenario = Scenario::new(config.clone(), seed);
         Scene { disk, oracle: RefCell::new(oracle), image, scenario, rng: RefCell::new(rng) }
     }
 
@@ -263,10 +261,7 @@ impl Scene {
     }
 
     fn draw(&self) -> (Crash, SimDisk) {
-        let mut rng = self.rng.borrow_mut();
-        let unit = *rng.pick(&[0, 512, 512, 4096]);
-        let crash = if unit == 0 { Crash::Process } else { Crash::Power { unit } };
-        (crash, crash_image(&self.disk, crash, rng.next_u64()))
+        self.scenario.crash(&self.disk, &mut self.rng.borrow_mut())
     }
 
     /// What is left after a crash now.
@@ -274,11 +269,17 @@ impl Scene {
         self.draw().1
     }
 
+    /// Looks at what a crash left with other code than the driver's.
+    fn inspect(&self, after: &SimDisk) -> std::result::Result<Vec<Word>, String> {
+        let oracle = self.oracle.borrow();
+        Ok(inspect::crash_image(&self.scenario, &self.disk, after, &oracle)?.words)
+    }
+
     /// Crashes now, and looks at what is left with other code than the driver's.
     pub fn crash_quick(&self) {
         let (crash, after) = self.draw();
         let step = self.disk.step();
-        if let Err(what) = inspect(&after, &self.oracle.borrow()) {
+        if let Err(what) = self.inspect(&after) {
             self.fail(format!("after {crash:?} at step {step}: {what}"));
         }
     }
@@ -300,7 +301,7 @@ impl Scene {
     pub fn crash_and_open(&self) -> Scene {
         let (crash, after) = self.draw();
         self.disk.note(format!("{crash:?}"));
-        let words = match inspect(&after, &self.oracle.borrow()) {
+        let words = match self.inspect(&after) {
             Ok(words) => words,
             Err(what) => self.fail(format!("after {crash:?}: {what}")),
         };
@@ -340,7 +341,7 @@ impl Scene {
         if !violations.is_empty() {
             self.fail(format!("operations that must not be: {violations:#?}"));
         }
-        self.ok(inspect(&self.disk, &self.oracle.borrow()));
+        self.ok(self.inspect(&self.disk));
         let (oracle, mut rng) = (self.oracle.borrow().clone(), self.rng.borrow_mut().fork());
         drop(self.image);
         if let Err(failure) = self.scenario.live(self.disk, oracle, 0, &mut rng) {
@@ -368,19 +369,4 @@ impl Scene {
         let table = (table != 0).then(|| ReadAt::bytes(&*file, table, header.cluster))?;
         Some(header.l2_entry(&table, cluster % per_table))
     }
-}
-
-/// Looks at an image with other code than the driver's: sound, and holding what
-/// it may hold. Gives what it holds.
-fn inspect(disk: &SimDisk, oracle: &Oracle) -> std::result::Result<Vec<Word>, String> {
-    let file = disk.file("image").expect("there is an image");
-    let faults = imagecheck::check(&*file).faults();
-    if !faults.is_empty() {
-        return Err(format!("{faults:#?}"));
-    }
-    check_snapshot(disk)?;
-    let header = Header::read(&*file)?;
-    let base = disk.file("base");
-    let base = base.as_deref().map(|base| base as &dyn ReadAt);
-    oracle.after_crash(&read_guest(&*file, &header, base))
 }

@@ -1,0 +1,165 @@
+//! What an image must be like after a crash, whatever happened before: the
+//! invariants I1 to I14 of docs/crash-simulation.md, those of them that can be seen
+//! in an image or on its disk. What the format demands of tables and refcounts
+//! (I2 to I8) is in `imagecheck`, whose findings name them.
+
+use qcow2rs::CheckResult;
+use qcow2rs::io::sim::{SimDisk, SimEngine, SimFile};
+
+use super::imagecheck::{self, Report};
+use super::layout::{Header, ReadAt, read_guest};
+use super::oracle::{Judged, Mode, Oracle};
+use super::scenario::{Config, Scenario, open_for_reading};
+use super::snapshot::check_snapshot;
+
+fn image(disk: &SimDisk) -> std::sync::Arc<SimFile> {
+    disk.file("image").expect("there is an image")
+}
+
+/// Looks at what a crash of `before` has left, without opening it.
+pub fn crash_image(
+    scenario: &Scenario,
+    before: &SimDisk,
+    after: &SimDisk,
+    oracle: &Oracle,
+) -> Result<Judged, String> {
+    i1_header(after)?;
+    let bytes = image(after).bytes();
+    i2_to_i8(&bytes, &scenario.config)?;
+    check_snapshot(after)?;
+    let judged = i9_reads(&guest_content(&bytes, after)?, oracle, scenario.config.mode)?;
+    if judged.foreign > 0 {
+        scenario.tally.borrow_mut().parity += 1;
+    }
+    i1_autoclear(after, oracle, &judged)?;
+    i13_backing(before, after)?;
+    Ok(judged)
+}
+
+/// I1: the first sector is one that the driver wrote, or that was there at first.
+pub fn i1_header(disk: &SimDisk) -> Result<(), String> {
+    let file = image(disk);
+    let mut now = [0; 512];
+    file.peek(0, &mut now);
+    match file.first_sectors().contains(&now) {
+        true => Ok(()),
+        false => Err("I1: the header is none that was ever written".to_owned()),
+    }
+}
+
+/// I1: before anything changes that a guest can see, the bits that a writer must
+/// clear are clear.
+fn i1_autoclear(disk: &SimDisk, oracle: &Oracle, found: &Judged) -> Result<(), String> {
+    let header = Header::read(&*image(disk))?;
+    match header.autoclear == 0 || oracle.is_as_opened(&found.words) {
+        true => Ok(()),
+        false => Err(format!("I1: autoclear bits {:#x} outlive a change", header.autoclear)),
+    }
+}
+
+/// I2 to I8: tables and refcounts.
+pub fn structure(disk: &SimDisk, config: &Config) -> Result<Report, String> {
+    let report = i2_to_i8(&image(disk).bytes(), config)?;
+    check_snapshot(disk)?;
+    Ok(report)
+}
+
+fn i2_to_i8(bytes: &Vec<u8>, config: &Config) -> Result<Report, String> {
+    let report = imagecheck::check(bytes);
+    if report.dirty && !config.kind.lazy {
+        return Err("I7: the dirty bit is set".to_owned());
+    }
+    let faults = report.faults();
+    if faults.is_empty() { Ok(report) } else { Err(format!("{faults:#?}")) }
+}
+
+/// I9: each sector holds what it may hold. Read with other code than the driver's.
+pub fn reads(disk: &SimDisk, oracle: &Oracle, mode: Mode) -> Result<Judged, String> {
+    i9_reads(&content(disk)?, oracle, mode)
+}
+
+fn i9_reads(content: &[u8], oracle: &Oracle, mode: Mode) -> Result<Judged, String> {
+    oracle.judge_crash(content, mode).map_err(|what| format!("I9: {what}"))
+}
+
+/// What the guest finds, read with other code than the driver's.
+pub fn content(disk: &SimDisk) -> Result<Vec<u8>, String> {
+    guest_content(&image(disk).bytes(), disk)
+}
+
+fn guest_content(bytes: &Vec<u8>, disk: &SimDisk) -> Result<Vec<u8>, String> {
+    let header = Header::read(bytes)?;
+    let base = disk.file("base");
+    let base = base.as_deref().map(|base| base as &dyn ReadAt);
+    Ok(read_guest(bytes, &header, base))
+}
+
+/// I9: the driver and other code find the same.
+pub fn second_opinion(disk: &SimDisk, found: &[u8]) -> Result<(), String> {
+    match content(disk)? == found {
+        true => Ok(()),
+        false => Err("I9: the image reads differently with other code".to_owned()),
+    }
+}
+
+/// I10: the driver's own check finds what ours finds.
+pub fn i10_own_check(scenario: &Scenario, disk: &SimDisk) -> Result<(), String> {
+    let report = imagecheck::check(&image(disk).bytes());
+    if report.dirty {
+        return Ok(());
+    }
+    let mut found = CheckResult::default();
+    let check = async {
+        let image = open_for_reading(disk, &scenario.config).await?;
+        image.check(&SimEngine, &mut (), &mut found).await
+    };
+    disk.block_on(check).map_err(|error| format!("I10: the driver's check: {error:?}"))?;
+    scenario.tally.borrow_mut().own_checks += 1;
+    let agreed = (found.corruptions, found.check_errors, found.leaks);
+    match agreed == (0, 0, report.leaks_inside as u64) {
+        true => Ok(()),
+        false => Err(format!("I10: the driver's check finds {found:?}, ours {report:?}")),
+    }
+}
+
+/// I12: a file grows by what is asked for and by what runs ahead of that, no more.
+/// Each cluster that is changed takes at most its own place, a table's, and what
+/// counts them; what it had before may be used again after the next flush only.
+pub fn i12_length(
+    file: &SimFile,
+    config: &Config,
+    at_open: u64,
+    changed: u64,
+) -> Result<(), String> {
+    let cluster = config.kind.cluster;
+    let ahead = (1 << 20).max(16 * cluster);
+    let most = at_open + 3 * changed * cluster + 2 * ahead;
+    match file.length() <= most {
+        true => Ok(()),
+        false => Err(format!(
+            "I12: {:#x} bytes, of {at_open:#x} at open and {changed} clusters changed",
+            file.length()
+        )),
+    }
+}
+
+/// I13: nothing has changed below.
+pub fn i13_backing(before: &SimDisk, after: &SimDisk) -> Result<(), String> {
+    match (before.file("base"), after.file("base")) {
+        (Some(a), Some(b)) if !a.same_bytes(&b) => Err("I13: the backing file changed".to_owned()),
+        _ => Ok(()),
+    }
+}
+
+/// I13, I14: nothing was asked of the disk that must not be; if all is done,
+/// nothing is in flight.
+pub fn i14_operations(disk: &SimDisk, done: bool) -> Result<(), String> {
+    let violations = disk.violations();
+    if !violations.is_empty() {
+        return Err(format!("I13, I14: operations that must not be: {violations:#?}"));
+    }
+    match disk.in_flight() {
+        left if done && left > 0 => Err(format!("I14: {left} operations that nobody waits for")),
+        _ => Ok(()),
+    }
+}
