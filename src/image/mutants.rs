@@ -35,7 +35,7 @@ impl Qcow2 {
         }
         let old = Block::zeroed(slice.bytes.len())?;
         self.storage.read(engine, Target::Block(old.all()), slice.key.get()).await?;
-        let old = old.all().to_vec();
+        let old = old.all().to_vec()?;
         for (index, new) in slice.bytes.chunks(8).enumerate() {
             if old.get(index * 8..index * 8 + 8) != Some(new) {
                 let at = slice.key.get() + index as u64 * 8;
