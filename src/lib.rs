@@ -31,6 +31,7 @@
 //! | `metadata` | the cache of table slices |
 //! | `alloc` | host clusters: who uses them, when they may be reused |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
+//! | `queue` | asynchronous requests on an image, driven by their caller |
 //! | `admin` | create, measure, probe, check |
 //! | `capi` | the C API |
 #![deny(unsafe_code)]
@@ -55,6 +56,8 @@ mod alloc;
 
 pub mod image;
 
+mod queue;
+
 pub mod admin;
 
 #[allow(unsafe_code)]
@@ -72,3 +75,4 @@ pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, 
 pub use image::status::Extent;
 pub use image::zero::ZeroFlags;
 pub use io::storage::Source;
+pub use queue::{Completion, Engine, Queue, QueueOptions, Refused};

@@ -121,11 +121,18 @@ impl File {
     }
 
     pub(super) fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> SysResult<()> {
-        let mode = match mode {
-            ZeroMode::Punch => FallocateFlags::PUNCH_HOLE,
-            ZeroMode::Keep => FallocateFlags::ZERO_RANGE,
-        };
-        retry(|| fallocate(&self.fd, mode | FallocateFlags::KEEP_SIZE, offset, length))
+        retry(|| fallocate(&self.fd, zero_flags(mode), offset, length))
+    }
+
+    /// How fallocate is asked to zero a range, as it takes it.
+    pub(super) fn zero_flags(mode: ZeroMode) -> i32 {
+        // Small positive bits.
+        zero_flags(mode).bits() as i32
+    }
+
+    /// Whether transfers bypass the page cache.
+    pub(super) fn is_direct(&self) -> bool {
+        self.alignment != Alignment::NONE
     }
 
     pub(super) fn truncate(&self, length: u64) -> SysResult<()> {
@@ -148,6 +155,14 @@ impl Piece<'_> {
 /// that it went wrong. Some file systems say EINVAL for ranges they do not like.
 pub(crate) fn means_unsupported(errno: i32) -> bool {
     matches!(errno, libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::ENODEV | libc::EINVAL)
+}
+
+fn zero_flags(mode: ZeroMode) -> FallocateFlags {
+    let mode = match mode {
+        ZeroMode::Punch => FallocateFlags::PUNCH_HOLE,
+        ZeroMode::Keep => FallocateFlags::ZERO_RANGE,
+    };
+    mode | FallocateFlags::KEEP_SIZE
 }
 
 fn retry(f: impl Fn() -> rustix::io::Result<()>) -> SysResult<()> {

@@ -24,7 +24,8 @@ pub enum Bytes<'a> {
 }
 
 impl Bytes<'_> {
-    fn len(&self) -> usize {
+    /// Number of bytes.
+    pub(super) fn len(&self) -> usize {
         match self {
             Bytes::Memory(memory) => memory.len(),
             Bytes::Zeroes(len) => *len,
@@ -40,7 +41,7 @@ const BATCH: usize = 64;
 /// Bytes handed to the kernel at a time; it takes no more anyway. A multiple of
 /// every page size, so that a direct transfer stays aligned. Tests have to meet
 /// the limit, too.
-const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
+pub(super) const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
 
 /// Zeroes to write, aligned for direct I/O.
 #[repr(align(4096))]
@@ -169,7 +170,7 @@ pub fn errno() -> i32 {
 
 /// Calls `push` with each contiguous range of the parts, without the first
 /// `skip` bytes, until it returns false.
-fn gather<'a>(
+pub(super) fn gather<'a>(
     parts: impl Iterator<Item = Bytes<'a>>,
     mut skip: usize,
     mut push: impl FnMut(*mut u8, usize) -> bool,
