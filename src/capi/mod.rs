@@ -59,5 +59,8 @@ pub use status::*;
 mod create;
 pub use create::*;
 
+mod queue;
+pub use queue::*;
+
 #[cfg(test)]
 pub(crate) mod panic_tests;

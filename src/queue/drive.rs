@@ -223,12 +223,10 @@ impl Inner {
         out: impl FnMut(Completion),
     ) -> Result<usize> {
         let mut slots = self.call();
-        if min > max || min > slots.in_flight() {
-            let text = format!("{min} completions are waited for");
-            return Err(Error::invalid(match min > max {
-                true => format!("{text}, {max} of them taken"),
-                false => format!("{text}, {} are in flight", slots.in_flight()),
-            }));
+        if min > slots.in_flight() {
+            let in_flight = slots.in_flight();
+            let text = format!("{min} completions are waited for, {in_flight} are in flight");
+            return Err(Error::invalid(text));
         }
         // A time past all clocks is none.
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));

@@ -130,6 +130,11 @@ impl Queue {
         Ok(self.accept(Work::Write(From::Guest(from), offset, flags), user_data)?)
     }
 
+    /// A request that cannot be carried out and says so when it completes.
+    pub(crate) fn fail(&self, error: Error, user_data: u64) -> Result<()> {
+        Ok(self.accept(Work::Fail(error), user_data)?)
+    }
+
     fn accept(&self, work: Work, user_data: u64) -> std::result::Result<(), Refused> {
         self.0.accept(work, user_data).map_err(|(error, work)| {
             let buffer = work.into_buffer();
@@ -151,8 +156,8 @@ impl Queue {
 
     /// Submits, then waits until there are `min` completions, the time is over, or
     /// [`wake_up`](Queue::wake_up) is called; hands up to `max` of them to `out` and
-    /// returns how many. `InvalidArgument`: `min` is more than `max` or than there are
-    /// in flight. `Os(EINTR)`: a signal came before any completion.
+    /// returns how many. `InvalidArgument`: `min` is more than there are in flight.
+    /// `Os(EINTR)`: a signal came before any completion.
     pub fn wait(
         &self,
         min: usize,

@@ -6,7 +6,7 @@ use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::disk::Disk;
 use crate::image::handle::{WriteFlags, ZeroFlags};
 use crate::io::engine::{Piece, Target};
@@ -41,6 +41,8 @@ pub enum Work {
     Discard(u64, u64),
     /// Make durable what completed.
     Flush,
+    /// Fail: what is asked for cannot be done.
+    Fail(Error),
 }
 
 /// A request, and the disk as it was when it came; an error if there is none.
@@ -85,6 +87,7 @@ impl Request {
                 disk.write_zeroes(engine, offset, length, flags).await
             }
             Work::Discard(offset, length) => disk.discard(engine, offset, length).await,
+            Work::Fail(error) => Err(error),
             Work::Flush => disk.flush(engine).await,
         };
         Outcome { result, buffer }

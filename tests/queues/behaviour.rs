@@ -144,7 +144,7 @@ fn a_wait_is_checked_limited_and_ended() {
         invalid(wait(1, 1, None));
         queue.flush(1).unwrap();
         invalid(wait(2, 2, None));
-        invalid(wait(1, 0, None));
+        assert_eq!(wait(1, 0, None).unwrap(), 0);
         assert_eq!(wait(1, 1, None).unwrap(), 1);
         assert_eq!(wait(0, 5, None).unwrap(), 0);
 
