@@ -539,9 +539,10 @@ static void all(void)
     free(path);
 }
 
-/* With an argument: that engine only. */
-int main(int argc, char **argv)
+/* QCOW2RS_TEST_ENGINE: that engine only. */
+int main(void)
 {
+    const char *only = getenv("QCOW2RS_TEST_ENGINE");
     char *path = temp_path("probe");
     struct qcow2rs_image *img = new_image(path, SIZE);
     struct qcow2rs_queue *q = new_queue(img, 1);
@@ -551,8 +552,8 @@ int main(int argc, char **argv)
     CHECK_OK(qcow2rs_close(&img));
     free(path);
     options();
-    if (argc > 1) {
-        engine = argv[1];
+    if (only != NULL) {
+        engine = only;
         all();
         return 0;
     }
