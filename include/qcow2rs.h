@@ -725,7 +725,8 @@ int qcow2rs_queue_discard(struct qcow2rs_queue *q, uint64_t offset,
                           uint64_t length, uint32_t flags, void *user_data);
 
 /* [OBJ] Durable: what had COMPLETED (was reaped or reapable) on any queue of
- * the image before this call.  Not a barrier for requests in flight.  flags: 0. */
+ * the image before this call.  Not a barrier for requests in flight.
+ * flags: 0. */
 QCOW2RS_MUST_USE
 int qcow2rs_queue_flush(struct qcow2rs_queue *q, uint32_t flags,
                         void *user_data);
@@ -761,8 +762,8 @@ int qcow2rs_queue_wakeup(struct qcow2rs_queue *q);
 int qcow2rs_queue_completion_fd(struct qcow2rs_queue *q);
 
 /* [OBJ] While disabled the fd may stay unreadable: saves a system call per
- * batch when polling.  Enabling makes it readable if completions wait.  -ENOTSUP:
- * turned off. */
+ * batch when polling.  Enabling makes it readable if completions wait.
+ * -ENOTSUP: turned off. */
 int qcow2rs_queue_set_completion_fd_enabled(struct qcow2rs_queue *q,
                                             bool enabled);
 

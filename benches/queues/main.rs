@@ -7,6 +7,7 @@ mod counting;
 #[path = "../blocking/pattern.rs"]
 mod pattern;
 #[path = "../blocking/qemu.rs"]
+#[allow(dead_code)] // This program uses a part of it.
 mod qemu;
 mod queue;
 mod ring;
@@ -39,15 +40,15 @@ const FILL: u8 = 0x5a;
 /// A page, aligned for O_DIRECT.
 #[repr(C, align(4096))]
 #[derive(Clone)]
-pub struct Page(pub [u8; REQUEST as usize]);
+struct Page([u8; REQUEST as usize]);
 
 /// One line of the result.
 #[derive(Clone, Copy)]
-pub struct Row {
-    pub operation: Operation,
-    pub direct: bool,
-    pub depth: usize,
-    pub pattern: Pattern,
+struct Row {
+    operation: Operation,
+    direct: bool,
+    depth: usize,
+    pattern: Pattern,
 }
 
 impl Row {
@@ -126,7 +127,7 @@ fn measure(row: &Row, image: &Path, raw: &Path, rounds: usize) {
 }
 
 /// Allocations so far.
-pub fn allocations() -> u64 {
+fn allocations() -> u64 {
     HEAP.count()
 }
 

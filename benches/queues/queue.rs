@@ -1,6 +1,6 @@
 //! This library's queues, as a C program uses them.
 
-use std::ffi::{CStr, CString, c_int};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::hint::black_box;
 use std::path::Path;
 use std::ptr;
@@ -10,6 +10,13 @@ use qcow2rs::capi::*;
 
 use crate::row::Operation;
 use crate::{FILL, Page, REQUEST, Row, allocations};
+
+type Read =
+    unsafe extern "C" fn(*mut qcow2rs_queue, *mut c_void, usize, u64, u32, *mut c_void) -> c_int;
+type Write =
+    unsafe extern "C" fn(*mut qcow2rs_queue, *const c_void, usize, u64, u32, *mut c_void) -> c_int;
+type Wait =
+    unsafe extern "C" fn(*mut qcow2rs_queue, *mut qcow2rs_completion, c_int, c_int, i64) -> c_int;
 
 fn check(result: c_int) -> c_int {
     if result < 0 {
@@ -66,9 +73,9 @@ pub fn run(row: &Row, path: &Path, engine: &CStr) -> f64 {
         qcow2rs_queue_opts_free(&mut queue_opts);
     }
     // By pointers that the optimiser cannot see through, as from a C program.
-    let read = black_box(qcow2rs_queue_pread as unsafe extern "C" fn(_, _, _, _, _, _) -> _);
-    let write = black_box(qcow2rs_queue_pwrite as unsafe extern "C" fn(_, _, _, _, _, _) -> _);
-    let wait = black_box(qcow2rs_queue_wait as unsafe extern "C" fn(_, _, _, _, _) -> _);
+    let read = black_box(qcow2rs_queue_pread as Read);
+    let write = black_box(qcow2rs_queue_pwrite as Write);
+    let wait = black_box(qcow2rs_queue_wait as Wait);
 
     let mut pages = vec![Page([FILL; REQUEST as usize]); row.depth];
     let mut free: Vec<*mut Page> = pages.iter_mut().map(ptr::from_mut).collect();
@@ -80,11 +87,11 @@ pub fn run(row: &Row, path: &Path, engine: &CStr) -> f64 {
         reserved: 0,
     };
     let mut done = vec![empty; row.depth];
-    let mut requests = |mut offsets: &mut dyn Iterator<Item = u64>| {
+    let mut requests = |offsets: &mut dyn Iterator<Item = u64>| {
         let mut in_flight = 0;
         loop {
             while let Some(page) = free.pop() {
-                let Some(offset) = (&mut offsets).next() else {
+                let Some(offset) = offsets.next() else {
                     free.push(page);
                     break;
                 };

@@ -92,6 +92,9 @@ impl Image {
 
     /// The disk for a question that does not wait for anybody.
     fn disk(&self) -> Result<Arc<Disk>> {
+        if self.queues.is_poisoned() {
+            return Err(poisoned());
+        }
         self.current().clone().ok_or_else(closed)
     }
 
