@@ -13,7 +13,7 @@ use rustix::fs::{
 use super::direct::BUFFER;
 use super::engine::{Piece, Target, ZeroMode};
 use crate::sys::file::{self as sys, Bytes, SysResult};
-use crate::sys::memory::BLOCK_ALIGNMENT;
+use crate::sys::memory::{BLOCK_ALIGNMENT, GuestMut};
 
 /// What direct I/O demands; 1 where it is not used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -104,11 +104,19 @@ impl File {
 
     #[inline]
     pub(super) fn read(&self, to: &Target<'_>, offset: u64) -> SysResult<()> {
-        let to = match to {
-            Target::Guest(memory) => *memory,
-            Target::Block(memory) => memory.guest_mut(),
-        };
-        sys::read(self.fd(), to, offset, self.alignment.request)
+        sys::read(self.fd(), to.memory(), offset, self.alignment.request)
+    }
+
+    /// Reads what is in the page cache, all of it or nothing.
+    #[inline]
+    pub(super) fn read_cached(&self, to: &Target<'_>, offset: u64) -> bool {
+        !self.is_direct() && sys::read_cached(self.fd(), to.memory(), offset)
+    }
+
+    /// Whether a write goes to the page cache without waiting for a read.
+    pub(super) fn writes_to_cache(&self, pieces: &[Piece<'_>], offset: u64) -> bool {
+        let length: usize = pieces.iter().map(Piece::len).sum();
+        !self.is_direct() && !sys::write_would_read(self.fd(), offset, length as u64)
     }
 
     #[inline]
@@ -137,6 +145,17 @@ impl File {
 
     pub(super) fn truncate(&self, length: u64) -> SysResult<()> {
         retry(|| ftruncate(&self.fd, length))
+    }
+}
+
+impl Target<'_> {
+    /// What the system calls take.
+    #[inline]
+    pub(super) fn memory(&self) -> GuestMut<'_> {
+        match self {
+            Target::Guest(memory) => *memory,
+            Target::Block(memory) => memory.guest_mut(),
+        }
     }
 }
 

@@ -6,9 +6,9 @@
 //! works on lives in a slot here until it is done with it.
 //!
 //! Done at once, on the polling thread, are: what a storage's callbacks do; setting a
-//! length; and writes through the page cache, which are a copy of memory for the
-//! caller, where a ring would hand them to a thread of the kernel's. Without a ring
-//! everything is done at once.
+//! length; and what is a copy of memory: reads of what the page cache holds, and
+//! writes to it that need not read first (a ring would hand those to a thread of the
+//! kernel's). Without a ring everything is done at once.
 
 use std::future::poll_fn;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -357,7 +357,10 @@ impl Engine for RingEngine {
 
     #[inline]
     fn read_now(&self, storage: &Storage, to: &Target<'_>, offset: u64) -> Option<Result<()>> {
-        if self.has_ring() { None } else { Blocking.read_now(storage, to, offset) }
+        match (storage.backend(), self.has_ring()) {
+            (Backend::File(file), true) => file.read_cached(to, offset).then_some(Ok(())),
+            _ => Blocking.read_now(storage, to, offset),
+        }
     }
 
     async fn write<'a>(
@@ -367,7 +370,7 @@ impl Engine for RingEngine {
         offset: u64,
     ) -> Result<()> {
         match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) if file.is_direct() => {
+            (Backend::File(file), true) if !file.writes_to_cache(pieces, offset) => {
                 let result = self.write_file(file, pieces, offset).await;
                 blocking::done(storage, result, || blocking::writing(pieces, offset))
             }
@@ -410,6 +413,9 @@ impl Engine for RingEngine {
 impl RingEngine {
     /// See `sys::file::read`.
     async fn read_file(&self, file: &File, to: &Target<'_>, offset: u64) -> SysResult<()> {
+        if file.read_cached(to, offset) {
+            return Ok(());
+        }
         let alignment = file.alignment.request as usize;
         let mut done = 0;
         while done < to.len() {

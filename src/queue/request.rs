@@ -58,6 +58,18 @@ pub struct Outcome {
 }
 
 impl Request {
+    /// The common case, without a future: a read of what is known and in memory, or by
+    /// an engine that does everything at once. `None`: nothing was done.
+    #[inline]
+    pub fn run_now(&self, engine: &RingEngine) -> Option<Result<()>> {
+        match (&self.work, &self.disk) {
+            (Work::Read(Into::Guest(to), offset), Ok(disk)) => {
+                disk.read_now(engine, &Target::Guest(*to), *offset)
+            }
+            _ => None,
+        }
+    }
+
     async fn run(self, engine: &RingEngine) -> Outcome {
         let disk = match self.disk {
             Ok(disk) => disk,

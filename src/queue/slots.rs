@@ -43,7 +43,10 @@ struct Slot {
     exchange: Arc<Exchange>,
     waker: Arc<SlotWaker>,
     std_waker: Waker,
+    /// Of the request that it serves.
     user_data: Option<u64>,
+    /// Not started yet.
+    request: Option<Request>,
 }
 
 impl Slots {
@@ -94,12 +97,13 @@ impl Slots {
                 std_waker: waker.clone().into(),
                 waker,
                 user_data: None,
+                request: None,
             });
             index
         });
         let slot = &mut self.slots[index];
         slot.user_data = Some(user_data);
-        slot.exchange.put(request);
+        slot.request = Some(request);
         self.accepted.push_back(index);
     }
 
@@ -108,9 +112,31 @@ impl Slots {
         let mut count = 0;
         while let Some(index) = self.accepted.pop_front() {
             count += 1;
-            self.poll(index, engine)?;
+            if let Some(request) = self.slots[index].request.take() {
+                self.begin(index, request, engine)?;
+            }
         }
         Ok(count)
+    }
+
+    fn begin(&mut self, index: usize, request: Request, engine: &Arc<RingEngine>) -> Result<()> {
+        // A panic here is one of a storage's callback.
+        match catch_unwind(AssertUnwindSafe(|| request.run_now(engine))) {
+            Ok(Some(result)) => self.complete(index, Outcome { result, buffer: None }),
+            Ok(None) => {
+                self.slots[index].exchange.put(request);
+                self.poll(index, engine)?;
+            }
+            Err(payload) => return Err(self.panicked(index, payload)),
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn panicked(&mut self, index: usize, payload: Box<dyn Any + Send>) -> Error {
+        let error = panicked(payload);
+        self.give_up(index, Error::new(ErrorKind::Panic, error.message()));
+        error
     }
 
     /// Carries one request on; an error if that panicked.
@@ -135,11 +161,7 @@ impl Slots {
                 Ok(())
             }
             Ok(Poll::Ready(never)) => match never {},
-            Err(payload) => {
-                let error = panicked(payload);
-                self.give_up(index, Error::new(ErrorKind::Panic, error.message()));
-                Err(error)
-            }
+            Err(payload) => Err(self.panicked(index, payload)),
         }
     }
 
@@ -160,7 +182,8 @@ impl Slots {
                 std::mem::forget(payload);
             }
         }
-        let buffer = slot.exchange.take_request().and_then(|request| request.work.into_buffer());
+        let request = slot.request.take().or_else(|| slot.exchange.take_request());
+        let buffer = request.and_then(|request| request.work.into_buffer());
         self.complete(index, Outcome { result: Err(error), buffer });
     }
 

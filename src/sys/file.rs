@@ -66,6 +66,37 @@ pub fn read(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64, alignment: u32) -
     read_on(fd, to, offset, alignment, Some(got))
 }
 
+/// As `read`, as far as it takes no waiting: whether all bytes were in memory and have
+/// been read. If not, nothing is known of what `to` holds.
+#[inline]
+pub fn read_cached(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64) -> bool {
+    let mut batch = Batch::new();
+    to.for_each(|ptr, len| _ = batch.push(ptr, len));
+    let (count, at) = (batch.count as i32, offset as libc::off_t);
+    // SAFETY: the iovecs are parts of `to`, writable until this call returns.
+    let got = unsafe { libc::preadv2(fd.as_raw_fd(), batch.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    usize::try_from(got).is_ok_and(|got| got == to.len())
+}
+
+/// Whether a write through the page cache may have to read first, and wait for that:
+/// it covers a page in part that is not in memory.
+pub fn write_would_read(fd: BorrowedFd<'_>, offset: u64, length: u64) -> bool {
+    /// No page is smaller. Where pages are larger, more is looked at than need be.
+    const PAGE: u64 = 4096;
+    let end = offset.saturating_add(length);
+    let absent = |edge: u64| {
+        let mut byte = 0u8;
+        let (at, page) = (
+            edge as libc::off_t,
+            libc::iovec { iov_base: std::ptr::from_mut(&mut byte).cast(), iov_len: 1 },
+        );
+        // SAFETY: one byte, writable until this call returns.
+        let got = unsafe { libc::preadv2(fd.as_raw_fd(), &page, 1, at, libc::RWF_NOWAIT) };
+        got < 0 && errno() == libc::EAGAIN
+    };
+    (offset % PAGE != 0 && absent(offset)) || (end % PAGE != 0 && absent(end))
+}
+
 /// Everything but the simple case: lists, short reads, interruptions, the end
 /// of the file, errors. `first` is the outcome of a first attempt.
 #[inline(never)]
