@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ord
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
+use super::bells::Bells;
 use super::options::{Engine, QueueOptions};
 use super::ready::Ready;
 use super::request::{Request, Work};
@@ -21,7 +22,7 @@ use crate::sys::file::SysResult;
 pub struct Inner {
     image: Arc<Image>,
     pub(super) engine: Arc<RingEngine>,
-    pub(super) ready: Arc<Ready>,
+    pub(super) ready: Arc<Ready<Bells>>,
     /// Whoever has it drives.
     slots: Mutex<Slots>,
     in_flight: AtomicU32,
@@ -76,7 +77,7 @@ impl Inner {
         let inner = Arc::new_cyclic(|itself| Inner {
             image: image.clone(),
             engine: Arc::new(engine),
-            ready: Arc::new(Ready::new(depth, bell, signal)),
+            ready: Arc::new(Ready::new(depth, Bells::new(bell, signal))),
             slots: Mutex::new(Slots::new(depth)),
             in_flight: AtomicU32::new(0),
             unfinished: AtomicU32::new(0),
@@ -157,7 +158,7 @@ impl Inner {
             if reaping {
                 let completed = self.engine.has_completions();
                 // What the descriptor tells of is looked for after it is cleared.
-                self.ready.clear_signal(completed);
+                self.ready.bell().clear_signal(completed);
                 if completed {
                     self.engine.complete();
                 }
@@ -193,7 +194,7 @@ impl Inner {
     /// Makes the completion descriptor readable if there are completions.
     fn tell(&self, slots: &Slots) {
         if slots.completed() > 0 {
-            self.ready.signal();
+            self.ready.bell().signal();
         }
     }
 
@@ -294,7 +295,7 @@ impl Inner {
         let fds: Vec<RawFd> =
             std::iter::once(self.poll_fd()).chain(others.iter().map(|o| o.poll_fd())).collect();
         if event::wait_readable(&fds, left)? && !self.engine.has_ring() {
-            event::clear(self.ready.bell());
+            event::clear(self.ready.bell().bell());
         }
         Ok(())
     }
@@ -328,16 +329,16 @@ impl Inner {
     }
 
     pub(super) fn enable_signal(&self, enabled: bool) -> Result<()> {
-        if self.ready.signal_fd().is_none() {
+        if self.ready.bell().signal_fd().is_none() {
             let text = "the queue was made without a completion descriptor";
             return Err(Error::new(ErrorKind::NotSupported, text));
         }
         let slots = self.call();
-        self.ready.enable_signal(enabled);
+        self.ready.bell().enable_signal(enabled);
         self.engine.set_eventfd_enabled(enabled);
         let waiting = slots.completed() > 0 || !self.ready.is_empty();
         if enabled && (waiting || self.engine.has_completions()) {
-            self.ready.signal();
+            self.ready.bell().signal();
         }
         Ok(())
     }
@@ -364,7 +365,7 @@ impl Attached for Inner {
     }
 
     fn poll_fd(&self) -> RawFd {
-        self.engine.fd().unwrap_or_else(|| self.ready.bell().as_raw_fd())
+        self.engine.fd().unwrap_or_else(|| self.ready.bell().bell().as_raw_fd())
     }
 
     fn finish(&self) -> Result<()> {

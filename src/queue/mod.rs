@@ -8,9 +8,10 @@
 //! share the one core: only the engine is another.
 //!
 //! `request` is what is asked for, `slots` all requests of a queue, `ready` who can
-//! go on, `drive` the loop around them and the waiting; this file is what programs
+//! go on, `bells` the descriptors that say so, `drive` the loop around them and the waiting; this file is what programs
 //! hold.
 
+mod bells;
 mod drive;
 mod options;
 mod ready;
@@ -176,7 +177,7 @@ impl Queue {
     /// An eventfd that is readable whenever `reap` would hand out a completion or
     /// carry a request on. Reap and wait clear it. `None`: turned off.
     pub fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.ready.signal_fd().map(OwnedFd::as_fd)
+        self.0.ready.bell().signal_fd().map(OwnedFd::as_fd)
     }
 
     /// While it is disabled the descriptor may stay unreadable, which saves system

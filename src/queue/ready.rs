@@ -1,46 +1,43 @@
 //! Which requests can go on, told from any thread to the one that drives a queue.
 //!
 //! Whoever wakes a request puts its slot on the list. If nobody is driving, the bell
-//! is rung: it ends a wait, and makes the completion descriptor readable. The driver
-//! stops driving first and looks at the list after that; a waker does it the other
-//! way round. So one of the two sees the other.
+//! is rung. The driver stops driving first and looks at the list after that; a waker
+//! does it the other way round. So one of the two sees the other. What the bell is,
+//! this file does not know.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::Wake;
 
-use crate::sys::event;
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use crate::sync::{Mutex, MutexGuard, in_this_order};
+
+/// Tells the driver that there is something to do.
+pub trait Bell {
+    /// Tells it.
+    fn ring(&self);
+}
 
 /// The list, and the bell.
-pub struct Ready {
+pub struct Ready<B> {
     list: Mutex<VecDeque<usize>>,
     driving: AtomicBool,
     /// The bell was rung since the driver went: once is enough.
     rung: AtomicBool,
     /// Somebody wants a wait to end.
     wakeup: AtomicBool,
-    bell: Arc<OwnedFd>,
-    /// The completion descriptor.
-    signal: Option<OwnedFd>,
-    signal_enabled: AtomicBool,
-    /// It was made readable here, and not cleared since.
-    signalled: AtomicBool,
+    bell: B,
 }
 
-impl Ready {
+impl<B: Bell> Ready<B> {
     /// Nothing is ready. `depth`: the number of slots.
-    pub fn new(depth: usize, bell: Arc<OwnedFd>, signal: Option<OwnedFd>) -> Ready {
+    pub fn new(depth: usize, bell: B) -> Ready<B> {
         Ready {
             list: Mutex::new(VecDeque::with_capacity(depth)),
             driving: AtomicBool::new(false),
             rung: AtomicBool::new(false),
             wakeup: AtomicBool::new(false),
             bell,
-            signal_enabled: AtomicBool::new(signal.is_some()),
-            signal,
-            signalled: AtomicBool::new(false),
         }
     }
 
@@ -49,8 +46,10 @@ impl Ready {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, slot: usize) {
+    /// A slot can go on.
+    pub fn push(&self, slot: usize) {
         self.list().push_back(slot);
+        in_this_order();
         if !self.driving.load(SeqCst) {
             self.ring();
         }
@@ -58,8 +57,7 @@ impl Ready {
 
     fn ring(&self) {
         if !self.rung.swap(true, SeqCst) {
-            event::signal(&self.bell);
-            self.signal();
+            self.bell.ring();
         }
     }
 
@@ -68,7 +66,7 @@ impl Ready {
         self.list().pop_front()
     }
 
-    /// Whether there is one.
+    /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.list().is_empty()
     }
@@ -83,6 +81,7 @@ impl Ready {
     pub fn end(&self) -> bool {
         self.rung.store(false, SeqCst);
         self.driving.store(false, SeqCst);
+        in_this_order();
         if self.is_empty() {
             return true;
         }
@@ -93,6 +92,7 @@ impl Ready {
     /// Ends a wait: the one under way, or the next.
     pub fn wake_up(&self) {
         self.wakeup.store(true, SeqCst);
+        in_this_order();
         self.ring();
     }
 
@@ -101,65 +101,34 @@ impl Ready {
         self.wakeup.swap(false, SeqCst)
     }
 
-    /// The bell, for those who wait.
-    pub fn bell(&self) -> &OwnedFd {
+    /// The bell.
+    pub fn bell(&self) -> &B {
         &self.bell
-    }
-
-    /// The completion descriptor, if there is one.
-    pub fn signal_fd(&self) -> Option<&OwnedFd> {
-        self.signal.as_ref()
-    }
-
-    /// Whether the completion descriptor is in use now.
-    pub fn signal_enabled(&self) -> bool {
-        self.signal_enabled.load(SeqCst)
-    }
-
-    /// Whether it is to be used.
-    pub fn enable_signal(&self, enabled: bool) {
-        self.signal_enabled.store(enabled && self.signal.is_some(), SeqCst);
-    }
-
-    /// Makes the completion descriptor readable, unless it is disabled.
-    pub fn signal(&self) {
-        let Some(fd) = &self.signal else { return };
-        if self.signal_enabled() && !self.signalled.swap(true, SeqCst) {
-            event::signal(fd);
-        }
-    }
-
-    /// Clears the completion descriptor. What it told of is to be looked for after
-    /// this. `also`: somebody else may have made it readable.
-    pub fn clear_signal(&self, also: bool) {
-        let Some(fd) = &self.signal else { return };
-        if self.signalled.swap(false, SeqCst) | (also && self.signal_enabled()) {
-            event::clear(fd);
-        }
     }
 }
 
 /// Wakes one slot's request.
-pub struct SlotWaker {
-    ready: Arc<Ready>,
+pub struct SlotWaker<B> {
+    ready: Arc<Ready<B>>,
     slot: usize,
     /// It is on the list.
     listed: AtomicBool,
 }
 
-impl SlotWaker {
+impl<B: Bell> SlotWaker<B> {
     /// For slot number `slot`.
-    pub fn new(ready: Arc<Ready>, slot: usize) -> Arc<SlotWaker> {
+    pub fn new(ready: Arc<Ready<B>>, slot: usize) -> Arc<SlotWaker<B>> {
         Arc::new(SlotWaker { ready, slot, listed: AtomicBool::new(false) })
     }
 
     /// It is about to be polled: what comes from now on needs another poll.
     pub fn unlist(&self) {
         self.listed.store(false, SeqCst);
+        in_this_order();
     }
 }
 
-impl Wake for SlotWaker {
+impl<B: Bell> Wake for SlotWaker<B> {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }

@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use super::bells::Bells;
 use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
@@ -41,7 +42,7 @@ struct Slot {
     /// Serves request after request; none after a panic.
     server: Option<Pin<Box<dyn Future<Output = Infallible> + Send>>>,
     exchange: Arc<Exchange>,
-    waker: Arc<SlotWaker>,
+    waker: Arc<SlotWaker<Bells>>,
     std_waker: Waker,
     /// Of the request that it serves.
     user_data: Option<u64>,
@@ -87,7 +88,7 @@ impl Slots {
     }
 
     /// Accepts a request. The caller has seen that there is room.
-    pub fn accept(&mut self, ready: &Arc<Ready>, request: Request, user_data: u64) {
+    pub fn accept(&mut self, ready: &Arc<Ready<Bells>>, request: Request, user_data: u64) {
         let index = self.free.pop().unwrap_or_else(|| {
             let index = self.slots.len();
             let waker = SlotWaker::new(ready.clone(), index);

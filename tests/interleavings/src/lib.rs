@@ -49,3 +49,8 @@ pub mod alloc {
 pub mod capi {
     pub mod users;
 }
+
+#[path = "../../../src/queue"]
+pub mod queue {
+    pub mod ready;
+}
