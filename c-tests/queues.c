@@ -73,7 +73,10 @@ static bool readable(int fd, int timeout)
 {
     struct pollfd p = {.fd = fd, .events = POLLIN};
 
-    CHECK_OK(poll(&p, 1, timeout));
+    /* The kernel interrupts, without a signal, to complete what was submitted. */
+    while (poll(&p, 1, timeout) < 0) {
+        CHECK_EQ(errno, EINTR);
+    }
     return p.revents == POLLIN;
 }
 
@@ -271,7 +274,10 @@ static void event_loop(struct qcow2rs_image *img)
     }
     while (done < TOTAL) {
         CHECK_OK(qcow2rs_queue_submit(q));
-        CHECK_EQ(epoll_wait(epoll, &event, 1, 60000), 1);
+        do {
+            n = epoll_wait(epoll, &event, 1, 60000);
+        } while (n < 0 && errno == EINTR);
+        CHECK_EQ(n, 1);
         n = qcow2rs_queue_reap(q, c, DEPTH / 2);
         CHECK_OK(n);
         for (i = 0; i < n; i++) {

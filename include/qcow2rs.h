@@ -758,7 +758,9 @@ int qcow2rs_queue_wakeup(struct qcow2rs_queue *q);
  * of what was submitted or carry a request on, one that another queue or thread
  * has unblocked included.  Reap and wait clear it; the caller need not read it
  * and must not write or close it.  Spurious readiness is possible, lost
- * wake-ups are not.  -ENOTSUP: turned off. */
+ * wake-ups are not.  With io_uring, the kernel may interrupt a thread to
+ * complete what it submitted: its own poll or epoll_wait then fails with EINTR,
+ * without a signal.  -ENOTSUP: turned off. */
 int qcow2rs_queue_completion_fd(struct qcow2rs_queue *q);
 
 /* [OBJ] While disabled the fd may stay unreadable: saves a system call per

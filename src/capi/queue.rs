@@ -450,7 +450,9 @@ pub unsafe extern "C" fn qcow2rs_queue_wakeup(q: *mut qcow2rs_queue) -> c_int {
 /// of what was submitted or carry a request on, one that another queue or thread
 /// has unblocked included.  Reap and wait clear it; the caller need not read it
 /// and must not write or close it.  Spurious readiness is possible, lost
-/// wake-ups are not.  -ENOTSUP: turned off.
+/// wake-ups are not.  With io_uring, the kernel may interrupt a thread to
+/// complete what it submitted: its own poll or epoll_wait then fails with EINTR,
+/// without a signal.  -ENOTSUP: turned off.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_queue_completion_fd(q: *mut qcow2rs_queue) -> c_int {
     entry!(|call| {

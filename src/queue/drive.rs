@@ -294,7 +294,12 @@ impl Inner {
         }
         let fds: Vec<RawFd> =
             std::iter::once(self.poll_fd()).chain(others.iter().map(|o| o.poll_fd())).collect();
-        if event::wait_readable(&fds, left)? && !self.engine.has_ring() {
+        let readable = match event::wait_readable(&fds, left) {
+            // The kernel may interrupt a thread to complete what it submitted.
+            Err(libc::EINTR) if event::wait_readable(&fds, Some(Duration::ZERO))? => true,
+            other => other?,
+        };
+        if readable && !self.engine.has_ring() {
             event::clear(self.ready.bell().bell());
         }
         Ok(())

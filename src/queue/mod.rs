@@ -175,7 +175,9 @@ impl Queue {
     }
 
     /// An eventfd that is readable whenever `reap` would hand out a completion or
-    /// carry a request on. Reap and wait clear it. `None`: turned off.
+    /// carry a request on. Reap and wait clear it. With io_uring, the kernel may
+    /// interrupt a thread to complete what it submitted: its `poll` then fails with
+    /// EINTR, without a signal. `None`: turned off.
     pub fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.ready.bell().signal_fd().map(OwnedFd::as_fd)
     }

@@ -79,7 +79,7 @@ impl<B: Bell> Ready<B> {
     /// Nobody looks at the list any more; `false`: there is something on it, and the
     /// caller goes on driving.
     pub fn end(&self) -> bool {
-        self.rung.store(false, SeqCst);
+        self.rung.swap(false, SeqCst);
         self.driving.store(false, SeqCst);
         in_this_order();
         if self.is_empty() {
@@ -91,7 +91,7 @@ impl<B: Bell> Ready<B> {
 
     /// Ends a wait: the one under way, or the next.
     pub fn wake_up(&self) {
-        self.wakeup.store(true, SeqCst);
+        self.wakeup.swap(true, SeqCst);
         in_this_order();
         self.ring();
     }

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use qcow2rs::{Engine, ErrorKind, Image, OpenOptions, Queue, QueueOptions, Source};
 use qcow2rs::{WriteFlags, ZeroFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 
 use crate::support::memory_disk::{Gate, MemoryDisk, Request};
 use crate::support::{self, Scratch, assert_content, qemu_create};
@@ -19,20 +21,21 @@ fn image(scratch: &Scratch) -> Arc<Image> {
     Arc::new(support::open_rw(&path))
 }
 
-/// Whether a descriptor can be read.
-fn readable(queue: &Queue) -> bool {
+/// Whether the descriptor can be read, now or in so many seconds.
+fn readable_in(queue: &Queue, seconds: i64) -> bool {
     let fd = queue.completion_fd().unwrap();
-    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-    rustix::event::poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap()
-        == 1
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    let limit = Timespec { tv_sec: seconds, tv_nsec: 0 };
+    // The kernel interrupts, without a signal, to complete what was submitted.
+    retry_on_intr(|| poll(&mut fds, Some(&limit))).unwrap() == 1
 }
 
-/// Waits until it can.
+fn readable(queue: &Queue) -> bool {
+    readable_in(queue, 0)
+}
+
 fn wait_readable(queue: &Queue) {
-    let fd = queue.completion_fd().unwrap();
-    let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
-    let limit = rustix::event::Timespec { tv_sec: 60, tv_nsec: 0 };
-    assert_eq!(rustix::event::poll(&mut fds, Some(&limit)).unwrap(), 1, "not readable for ever");
+    assert!(readable_in(queue, 60), "not readable for ever");
 }
 
 fn for_engines(test: impl Fn(Engine)) {

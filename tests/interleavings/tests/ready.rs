@@ -40,7 +40,9 @@ fn drive(ready: &Ready<Counting>, wakers: &[std::sync::Arc<SlotWaker<Counting>>]
 
 #[test]
 fn who_is_woken_is_carried_on_or_the_bell_is_rung() {
-    loom::model(|| {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(2);
+    model.check(|| {
         let ready = std::sync::Arc::new(Ready::new(2, Counting(AtomicU32::new(0))));
         let wakers: Vec<_> = (0..2).map(|slot| SlotWaker::new(ready.clone(), slot)).collect();
         let threads: Vec<_> = wakers
@@ -67,7 +69,9 @@ fn who_is_woken_is_carried_on_or_the_bell_is_rung() {
 /// for what comes later.
 #[test]
 fn a_wake_up_ends_the_next_wait_and_hides_no_later_one() {
-    loom::model(|| {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
         let ready = std::sync::Arc::new(Ready::new(1, Counting(AtomicU32::new(0))));
         let wakers = [SlotWaker::new(ready.clone(), 0)];
         let other = thread::spawn({
