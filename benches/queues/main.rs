@@ -1,6 +1,6 @@
 //! Queues of this library side by side with `qemu-img bench` and with bare io_uring
 //! on a raw file: the same offsets, in turns, in one run, at several depths.
-//! scripts/bench.sh --queues runs it.
+//! `cargo bench --bench queues` runs it.
 
 #[path = "../blocking/counting.rs"]
 mod counting;
@@ -14,6 +14,7 @@ mod ring;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use counting::Counting;
@@ -111,6 +112,7 @@ fn measure(row: &Row, image: &Path, raw: &Path, rounds: usize) {
     for aio in Aio::all(row.direct) {
         contenders.push((format!("QEMU, {}", aio.name()), qemu(*aio)));
     }
+    [image, raw].into_iter().for_each(|path| prepare(path, row.direct));
     let mut rates = vec![Vec::new(); contenders.len()];
     for round in 0..rounds {
         for turn in 0..contenders.len() {
@@ -123,6 +125,19 @@ fn measure(row: &Row, image: &Path, raw: &Path, rounds: usize) {
         let all: Vec<_> = rates.iter().map(|rate| format!("{rate:.1}")).collect();
         let median = rates[rates.len() / 2];
         println!("| {} | {name} | {median:.1} | {} |", row.name(), all.join(" "));
+    }
+}
+
+/// Brings a file into the page cache, or out of it: a direct write would have to do
+/// the latter.
+fn prepare(path: &Path, direct: bool) {
+    let mut file = File::open(path).expect("opens");
+    file.sync_all().expect("syncs");
+    // SAFETY: an open descriptor; the rest are numbers.
+    let dropped = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    assert_eq!(dropped, 0, "drops the cached pages of {}", path.display());
+    if !direct {
+        std::io::copy(&mut file, &mut std::io::sink()).expect("reads");
     }
 }
 

@@ -410,6 +410,12 @@ impl Engine for RingEngine {
     }
 }
 
+/// Whether an operation is to be tried again. The kernel cancels those of a thread
+/// that ends: somebody else drives the queue then.
+fn is_interrupted(errno: i32) -> bool {
+    matches!(errno, libc::EINTR | libc::ECANCELED)
+}
+
 impl RingEngine {
     /// See `sys::file::read`.
     async fn read_file(&self, file: &File, to: &Target<'_>, offset: u64) -> SysResult<()> {
@@ -422,7 +428,7 @@ impl RingEngine {
             let call = Call::Read(offset + done as u64);
             let got = match self.fly(file.fd(), call, Memory::Fill(to, done)).await {
                 Ok(got) => got as usize,
-                Err(libc::EINTR) => continue,
+                Err(errno) if is_interrupted(errno) => continue,
                 // Somebody's descriptor with O_NONBLOCK: the ring heeds it.
                 Err(libc::EAGAIN) => {
                     let rest = to.sub(done, to.len() - done);
@@ -449,7 +455,7 @@ impl RingEngine {
                 // Nothing written and no error: not to be tried forever.
                 Ok(0) => return Err(libc::EIO),
                 Ok(put) => done += put as usize,
-                Err(libc::EINTR) => {}
+                Err(errno) if is_interrupted(errno) => {}
                 // All of it once more: the same bytes to the same place.
                 Err(libc::EAGAIN) => return file.write(pieces, offset),
                 Err(errno) => return Err(errno),
@@ -462,7 +468,7 @@ impl RingEngine {
         loop {
             match self.fly(file.fd(), call, Memory::None).await {
                 Ok(_) => return Ok(()),
-                Err(libc::EINTR) => {}
+                Err(errno) if is_interrupted(errno) => {}
                 Err(errno) => return Err(errno),
             }
         }

@@ -459,6 +459,39 @@ fn a_thread_that_waits_on_one_queue_carries_its_others_on() {
 }
 
 #[test]
+fn requests_outlive_the_thread_that_submitted_them() {
+    for_engines(|engine| {
+        let scratch = Scratch::new();
+        let path = scratch.path("image");
+        qemu_create(&path, "extended_l2=on", SIZE);
+        let options = OpenOptions::new().writable(true);
+        let image = Arc::new(Image::open(Source::path(&path), &options).unwrap());
+        let queue = queue(&image, engine, 64);
+        for round in 0..20u8 {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for number in 0..8 {
+                        let (data, at) = (vec![round + 1; 4096], number * 65_536);
+                        queue.write(data, at, WriteFlags::default(), number).unwrap();
+                    }
+                    queue.submit().unwrap();
+                    queue.flush(8).unwrap();
+                    queue.discard(SIZE / 2, 65_536, 9).unwrap();
+                    queue.submit().unwrap();
+                });
+            });
+            let done = all(&queue);
+            assert_eq!(done.len(), 10);
+            done.into_iter().for_each(|completion| completion.result.unwrap());
+        }
+        queue.read(vec![0; 4096], 7 * 65_536, 0).unwrap();
+        assert_eq!(one(&queue).buffer.unwrap(), [20; 4096]);
+        drop(queue);
+        image.close().unwrap();
+    });
+}
+
+#[test]
 fn a_flush_covers_what_completed_on_other_queues() {
     for_engines(|engine| {
         let scratch = Scratch::new();
