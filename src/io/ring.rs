@@ -410,7 +410,7 @@ impl Engine for RingEngine {
     }
 }
 
-/// Whether an operation is to be tried again. The kernel cancels those of a thread
+/// Whether an operation is to be tried again. The kernel may cancel those of a thread
 /// that ends: somebody else drives the queue then.
 fn is_interrupted(errno: i32) -> bool {
     matches!(errno, libc::EINTR | libc::ECANCELED)

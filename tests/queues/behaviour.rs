@@ -467,25 +467,22 @@ fn requests_outlive_the_thread_that_submitted_them() {
         let options = OpenOptions::new().writable(true);
         let image = Arc::new(Image::open(Source::path(&path), &options).unwrap());
         let queue = queue(&image, engine, 64);
-        for round in 0..20u8 {
+        // Holes are punched one after the other: most wait when the thread ends.
+        for _ in 0..10 {
+            image.write_at(&[7; SIZE as usize], 0, WriteFlags::default()).unwrap();
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    for number in 0..8 {
-                        let (data, at) = (vec![round + 1; 4096], number * 65_536);
-                        queue.write(data, at, WriteFlags::default(), number).unwrap();
+                    for number in 0..SIZE / 65_536 {
+                        queue.discard(number * 65_536, 65_536, number).unwrap();
                     }
-                    queue.submit().unwrap();
-                    queue.flush(8).unwrap();
-                    queue.discard(SIZE / 2, 65_536, 9).unwrap();
                     queue.submit().unwrap();
                 });
             });
             let done = all(&queue);
-            assert_eq!(done.len(), 10);
+            assert_eq!(done.len() as u64, SIZE / 65_536);
             done.into_iter().for_each(|completion| completion.result.unwrap());
+            assert_content(&image, &[0; SIZE as usize]);
         }
-        queue.read(vec![0; 4096], 7 * 65_536, 0).unwrap();
-        assert_eq!(one(&queue).buffer.unwrap(), [20; 4096]);
         drop(queue);
         image.close().unwrap();
     });
