@@ -3,7 +3,7 @@
 """Runs one of the C examples on small images: what it is for, and what it says
 when it is called in a wrong way.
 
-    examples.py overlay|map|sandbox DIRECTORY_OF_THE_PROGRAMS"""
+    examples.py overlay|map|epoll|sandbox DIRECTORY_OF_THE_PROGRAMS"""
 
 import os
 import random
@@ -88,6 +88,21 @@ def test_map():
     expect('it says why', 'magic' in said)
 
 
+def test_epoll():
+    make_overlay('-e', '-c', '128k', '-x', 'expected.raw')
+    for depth in '1', '7', '32':
+        out, said = run('epoll', '-d', depth, 'top.qcow2', 'copy.raw')
+        expect('it says what it did', out.startswith(f'{SIZE} bytes, '))
+        with open('copy.raw', 'rb') as copy, open('expected.raw', 'rb') as expected:
+            expect('the copy is the disk', copy.read() == expected.read())
+    _, said = run('epoll', 'missing.qcow2', 'copy.raw', status=1)
+    expect('the file is named', said == 'epoll: missing.qcow2: No such file or directory\n'
+           or 'missing.qcow2' in said)
+    _, said = run('epoll', '-d', '0', 'top.qcow2', 'copy.raw', status=2)
+    _, said = run('epoll', 'top.qcow2', 'missing/copy.raw', status=1)
+    expect('the file is named', 'missing/copy.raw' in said)
+
+
 def test_sandbox():
     make_overlay('-e', '-c', '128k', '-x', 'expected.raw')
     base = os.path.realpath('base.raw')
@@ -119,4 +134,5 @@ with tempfile.TemporaryDirectory() as directory:
     expect('how to call it, as a message', out == '' and said.startswith(f'usage: {name} '))
     if name != 'sandbox':
         run(name, '-?', 'file', 'file', status=2)
-    {'overlay': test_overlay, 'map': test_map, 'sandbox': test_sandbox}[name]()
+    {'overlay': test_overlay, 'map': test_map, 'epoll': test_epoll,
+     'sandbox': test_sandbox}[name]()

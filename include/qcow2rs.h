@@ -678,6 +678,149 @@ int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
                   qcow2rs_finding_fn finding, qcow2rs_progress_fn progress,
                   void *opaque);
 
+/* ------------------------------------------------- Queues: asynchronous I/O */
+
+/* Asynchronous requests on an image.  A queue belongs to one image; many queues
+ * per image, typically one per thread.  Functions on a queue, unless they say
+ * otherwise: [OBJ]; different queues: concurrently.  Requests go on while
+ * somebody is inside submit, reap or wait: one that conflicts with a request of
+ * another queue goes on when that one was carried on, too.  A wait that another
+ * queue of its own thread holds up carries that one on. */
+struct qcow2rs_queue;
+
+/* What a queue is to be like. */
+struct qcow2rs_queue_opts;
+
+/* How a request ended.  Fixed size: 32 bytes with 8-byte pointers. */
+struct qcow2rs_completion {
+    void *user_data;           /* As given with the request. */
+    const char *error_message; /* NULL on success; valid until the next reap
+                                  or wait on this queue. */
+    int32_t ret;               /* >= 0, or a negative errno. */
+    uint32_t error_code;       /* QCOW2RS_E_*. */
+    uint64_t reserved;         /* Zero. */
+};
+
+/* [MT] -ENOMEM.  Reusable for any number of queues. */
+QCOW2RS_MUST_USE int qcow2rs_queue_opts_new(struct qcow2rs_queue_opts **out);
+
+/* [OBJ] */
+void qcow2rs_queue_opts_free(struct qcow2rs_queue_opts **opts);
+
+/* [OBJ] Requests that may be in flight, 1 to 65536; default 128. */
+int qcow2rs_queue_opts_set_depth(struct qcow2rs_queue_opts *o, uint32_t depth);
+
+/* [OBJ] By name: "engine" (auto|io_uring|blocking, default auto: io_uring where
+ * the system has it, else blocking), "completion-fd" (on|off, default on),
+ * "depth".
+ * -ENOENT: no such option.  -EINVAL: bad value. */
+int qcow2rs_queue_opts_set(struct qcow2rs_queue_opts *o, const char *name,
+                           const char *value);
+
+/* [MT] opts may be NULL.  -ENOTSUP: io_uring was asked for and is not to be
+ * had.  -EMFILE and the like: a queue takes up to three descriptors. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_create(struct qcow2rs_image *img,
+                         const struct qcow2rs_queue_opts *opts,
+                         struct qcow2rs_queue **out);
+
+/* [MT] The engine in use, static storage: "io_uring" or "blocking".  "auto"
+ * tries io_uring_setup(2): where a filter kills for that, ask for
+ * "blocking". */
+const char *qcow2rs_queue_engine(struct qcow2rs_queue *q);
+
+/* [OBJ] Waits for what is in flight (carrying on what other queues hold it up
+ * with), drops its completions; afterwards no buffer is in use, on a poisoned
+ * queue too.  Close does it for queues that remain. */
+void qcow2rs_queue_destroy(struct qcow2rs_queue **queue);
+
+/* [OBJ] Submission.  0: accepted, there will be exactly one completion.
+ * Negative: not accepted, there will be none: -EAGAIN the queue is full (reap
+ * first), -EINVAL, -ENOMEM, -ENOTRECOVERABLE.  Every other failure, range and
+ * read-only errors included, arrives as a completion.  Requests start with the
+ * next submit, reap or wait.  user_data is not interpreted.  Flags and results
+ * as in the synchronous functions. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_pread(struct qcow2rs_queue *q, void *buf, size_t length,
+                        uint64_t offset, uint32_t flags, void *user_data);
+
+/* [OBJ] As qcow2rs_queue_pread. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_preadv(struct qcow2rs_queue *q, const struct iovec *iov,
+                         int iovcnt, uint64_t offset, uint32_t flags,
+                         void *user_data);
+
+/* [OBJ] As qcow2rs_queue_pread. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_pwrite(struct qcow2rs_queue *q, const void *buf,
+                         size_t length, uint64_t offset, uint32_t flags,
+                         void *user_data);
+
+/* [OBJ] As qcow2rs_queue_pread. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_pwritev(struct qcow2rs_queue *q, const struct iovec *iov,
+                          int iovcnt, uint64_t offset, uint32_t flags,
+                          void *user_data);
+
+/* [OBJ] As qcow2rs_queue_pread. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_write_zeroes(struct qcow2rs_queue *q, uint64_t offset,
+                               uint64_t length, uint32_t flags,
+                               void *user_data);
+
+/* [OBJ] As qcow2rs_queue_pread. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_discard(struct qcow2rs_queue *q, uint64_t offset,
+                          uint64_t length, uint32_t flags, void *user_data);
+
+/* [OBJ] Durable: what had COMPLETED (was reaped or reapable) on any queue of
+ * the image before this call.  Not a barrier for requests in flight.
+ * flags: 0. */
+QCOW2RS_MUST_USE
+int qcow2rs_queue_flush(struct qcow2rs_queue *q, uint32_t flags,
+                        void *user_data);
+
+/* [OBJ] Makes sure that everything accepted has been started; returns how many
+ * were newly started.  Never blocks on I/O, except with the blocking engine:
+ * there submit, reap and wait may. */
+int qcow2rs_queue_submit(struct qcow2rs_queue *q);
+
+/* [OBJ] Submits, then takes up to max completions without blocking; returns how
+ * many. */
+int qcow2rs_queue_reap(struct qcow2rs_queue *q,
+                       struct qcow2rs_completion *completions, int max);
+
+/* [OBJ] Submits, then blocks until min completions are there (min <= in flight:
+ * -EINVAL otherwise), timeout_ns has passed (relative; < 0: no
+ * limit), or qcow2rs_queue_wakeup was called; returns how many were taken,
+ * possibly fewer than min, possibly 0.  -EINTR only if no completion was taken
+ * and a signal arrived. */
+int qcow2rs_queue_wait(struct qcow2rs_queue *q,
+                       struct qcow2rs_completion *completions, int min, int max,
+                       int64_t timeout_ns);
+
+/* [MT] Ends a qcow2rs_queue_wait in another thread, or the next one. */
+int qcow2rs_queue_wakeup(struct qcow2rs_queue *q);
+
+/* [OBJ] An eventfd (non-blocking, close-on-exec, owned by the queue) for
+ * poll/epoll, level-triggered: readable whenever reap would return a completion
+ * of what was submitted or carry a request on, one that another queue or thread
+ * has unblocked included.  Reap and wait clear it; the caller need not read it
+ * and must not write or close it.  Spurious readiness is possible, lost
+ * wake-ups are not.  With io_uring, the kernel may interrupt a thread to
+ * complete what it submitted: its own poll or epoll_wait then fails with EINTR,
+ * without a signal.  -ENOTSUP: turned off. */
+int qcow2rs_queue_completion_fd(struct qcow2rs_queue *q);
+
+/* [OBJ] While disabled the fd may stay unreadable: saves a system call per
+ * batch when polling.  Enabling makes it readable if completions wait.
+ * -ENOTSUP: turned off. */
+int qcow2rs_queue_set_completion_fd_enabled(struct qcow2rs_queue *q,
+                                            bool enabled);
+
+/* [MT] Accepted and not yet taken by reap or wait. */
+uint32_t qcow2rs_queue_in_flight(struct qcow2rs_queue *q);
+
 #ifdef __cplusplus
 }
 #endif

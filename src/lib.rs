@@ -33,6 +33,7 @@
 //! | `alloc` | host clusters: who uses them, when they may be reused |
 //! | `check` | counting what refers to clusters; comparing refcounts with it, mending them |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
+//! | `queue` | asynchronous requests on an image, driven by their caller |
 //! | `admin` | create, measure, probe, check |
 //! | `capi` | the C API |
 #![deny(unsafe_code)]
@@ -62,6 +63,8 @@ mod check;
 
 pub mod image;
 
+mod queue;
+
 pub mod admin;
 
 #[allow(unsafe_code)]
@@ -79,3 +82,4 @@ pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, 
 pub use image::status::Extent;
 pub use image::zero::ZeroFlags;
 pub use io::storage::Source;
+pub use queue::{Completion, Engine, Queue, QueueOptions, Refused};

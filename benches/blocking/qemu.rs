@@ -75,12 +75,13 @@ pub fn bench(
     direct: bool,
     fill: u8,
     pattern: &Pattern,
+    depth: usize,
 ) -> Result<f64, String> {
     // A request that completes at once starts the next one from its own callback:
     // with io_uring the stack of some hundred thousand is deeper than the usual 8 MiB.
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -s unlimited && exec qemu-img \"$@\"", "qemu-img"]);
-    command.args(["bench", "-f", "qcow2", "-d", "1", "-i", aio.name()]);
+    command.args(["bench", "-f", "qcow2", "-d", &depth.to_string(), "-i", aio.name()]);
     command.args(["-t", if direct { "none" } else { "writeback" }]);
     command.args(["-c", &pattern.count.to_string(), "-s", &REQUEST.to_string()]);
     command.args(["-S", &pattern.step.to_string()]);

@@ -87,7 +87,7 @@ impl Row {
             Contender::Ours(threads) => self.run_ours(threads, &path),
             Contender::Raw(threads) => self.run_raw(threads, &path),
             Contender::Qemu(aio) => {
-                qemu::bench(&path, aio, self.operation, self.direct, FILL, &self.pattern)?
+                qemu::bench(&path, aio, self.operation, self.direct, FILL, &self.pattern, 1)?
             }
         };
         if self.operation == Operation::Write {

@@ -128,7 +128,7 @@ pub unsafe extern "C" fn qcow2rs_create(
         let (opts, open) = (copy(call, opts)?, options(call, open_opts)?);
         match out {
             None => create::create(source?, &opts, &open)?,
-            Some(out) => out.set(create::create_open(source?, &opts, &open)?),
+            Some(out) => _ = out.set(create::create_open(source?, &opts, &open)?.into()),
         }
         Ok(0)
     })
@@ -153,7 +153,10 @@ pub unsafe extern "C" fn qcow2rs_create_path(
         let (opts, open) = (copy(call, opts)?, options(call, open_opts)?);
         match out {
             None => create::create_path(&path, exclusive, &opts, &open)?,
-            Some(out) => out.set(create::create_path_open(&path, exclusive, &opts, &open)?),
+            Some(out) => {
+                let image = create::create_path_open(&path, exclusive, &opts, &open)?;
+                out.set(image.into());
+            }
         }
         Ok(0)
     })

@@ -49,6 +49,12 @@ impl Return for i64 {
     }
 }
 
+impl Return for u32 {
+    fn failure(_: c_int) -> u32 {
+        0
+    }
+}
+
 impl Return for () {
     fn failure(_: c_int) {}
 }
@@ -82,6 +88,11 @@ fn caught(payload: Box<dyn Any + Send>) -> Error {
     std::mem::forget(payload);
     log::emit(log::ERROR, "capi", || text.clone());
     Error::new(ErrorKind::Panic, text)
+}
+
+/// A panic was caught, and told of, further down: its message is no news any more.
+pub fn forget_panic() {
+    let _ = PANIC.try_with(RefCell::take);
 }
 
 fn describe(payload: &(dyn Any + Send), place: &str) -> String {

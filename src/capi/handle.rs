@@ -6,10 +6,13 @@
 //! a shared reference, whatever the thread safety class of its object: what can
 //! be changed has its own lock inside. This file knows no type of object.
 
+use std::collections::VecDeque;
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::entry::Call;
 use super::users::{Occupied, User, Users};
@@ -98,8 +101,8 @@ impl<T: Object> Drop for Held<'_, T> {
 pub struct Out<'c, T>(*mut *mut T, PhantomData<&'c Call>);
 
 impl<T: Object> Out<'_, T> {
-    /// Gives the object to the caller.
-    pub fn set(self, value: T::Value) {
+    /// Gives the object to the caller; returns its address.
+    pub fn set(self, value: T::Value) -> *mut T {
         let object = T::new(Handle {
             label: AtomicU64::new(T::LABEL),
             poisoned: AtomicBool::new(false),
@@ -107,7 +110,10 @@ impl<T: Object> Out<'_, T> {
             value,
         });
         // SAFETY: `Call::out` has written to it before.
-        unsafe { self.0.write(Box::into_raw(Box::new(object))) }
+        unsafe {
+            self.0.write(Box::into_raw(Box::new(object)));
+            self.0.read()
+        }
     }
 }
 
@@ -124,6 +130,11 @@ impl<T: Object> Leaving<'_, T> {
     /// A panic has left it in pieces: it may be released, not used.
     pub fn poisoned(&self) -> bool {
         self.handle.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Its address.
+    pub fn address(&self) -> usize {
+        self.object.expose_provenance()
     }
 
     /// Takes it from the caller, whose pointer becomes NULL.
@@ -167,6 +178,21 @@ pub struct Taken<V> {
     pub value: V,
     /// A panic has left it in pieces: it may be dropped, not used.
     pub poisoned: bool,
+}
+
+/// The memory of an object that ended before its caller released it.
+struct Grave {
+    address: usize,
+    _memory: Box<dyn Send>,
+}
+
+/// How many are remembered.
+const GRAVES: usize = 256;
+
+fn graves() -> MutexGuard<'static, VecDeque<Grave>> {
+    static ALL: Mutex<VecDeque<Grave>> = Mutex::new(VecDeque::new());
+    // Nothing panics while it is held.
+    ALL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Call {
@@ -232,6 +258,41 @@ impl Call {
             Some(taken) if taken.poisoned => Err(poisoned::<T>()),
             Some(taken) => Ok(taken.value),
         }
+    }
+
+    /// Ends an object that goes with another one. The caller still has its address,
+    /// which is good for nothing but to be released: the last few of them can be told
+    /// from live objects, so that this is no accident.
+    pub fn bury<T: Object + Send>(&self, address: usize) {
+        let object = ptr::with_exposed_provenance_mut::<T>(address);
+        // SAFETY: made by `Out::set` and not yet released (who calls keeps account).
+        let mut object: Box<ManuallyDrop<T>> = unsafe { Box::from_raw(object.cast()) };
+        object.handle().label.store(0, Ordering::Relaxed);
+        // SAFETY: dropped here only; of what is left nothing but the label is read.
+        unsafe { ManuallyDrop::drop(&mut object) };
+        let mut graves = graves();
+        if graves.len() == GRAVES {
+            graves.pop_front();
+        }
+        graves.push_back(Grave { address, _memory: object });
+    }
+
+    /// Whether the object was buried; the caller's pointer becomes NULL then.
+    pub fn forget_buried<T: Object>(&self, object: *mut *mut T) -> Result<bool> {
+        if object.is_null() {
+            return Ok(false);
+        }
+        self.some(object, T::NAME)?;
+        // SAFETY: not NULL, aligned; the caller's variable.
+        let address = unsafe { object.read() }.expose_provenance();
+        let mut graves = graves();
+        let Some(index) = graves.iter().position(|grave| grave.address == address) else {
+            return Ok(false);
+        };
+        graves.remove(index);
+        // SAFETY: as above.
+        unsafe { object.write(ptr::null_mut()) };
+        Ok(true)
     }
 
     #[inline]

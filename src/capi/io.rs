@@ -21,31 +21,32 @@ pub const QCOW2RS_IO_COMPRESSED: u32 = 8;
 /// Guest-visible data is unchanged (copy-on-read): leaves bitmaps.
 pub const QCOW2RS_IO_UNCHANGED: u32 = 16;
 
-/// The caller's memory for a transfer at `offset`.
+/// The caller's memory for a transfer at `offset`; his until it has completed.
 #[inline]
-fn memory<'c, D>(
-    _call: &'c Call,
+pub(super) fn memory<'m, D>(
+    _call: &Call,
     buf: *const c_void,
     length: usize,
     offset: u64,
-) -> Result<Guest<'c, D>> {
+) -> Result<Guest<'m, D>> {
     if buf.is_null() && length > 0 {
         return Err(Error::invalid("buf is NULL"));
     }
     range(length, offset)?;
     // SAFETY: `length` bytes are readable, and writable where the entry point
-    // reads into them, until it returns (the caller's promise).
+    // reads into them, until it returns or the request has completed (the
+    // caller's promise).
     Ok(unsafe { Guest::from_raw(buf.cast::<u8>().cast_mut(), length) })
 }
 
 /// The same, by iovec array.
 #[inline]
-fn memory_list<'c, D>(
-    _call: &'c Call,
+pub(super) fn memory_list<'m, D>(
+    _call: &Call,
     iov: *const iovec,
     iovcnt: c_int,
     offset: u64,
-) -> Result<Guest<'c, D>> {
+) -> Result<Guest<'m, D>> {
     let count = usize::try_from(iovcnt)
         .map_err(|_| Error::invalid(format!("{iovcnt} is no number of ranges")))?;
     if count == 0 {
@@ -79,7 +80,7 @@ fn range(length: usize, offset: u64) -> Result<()> {
 }
 
 #[inline]
-fn write_flags(given: u32) -> Result<WriteFlags> {
+pub(super) fn write_flags(given: u32) -> Result<WriteFlags> {
     flags(given, QCOW2RS_IO_FUA | QCOW2RS_IO_COMPRESSED | QCOW2RS_IO_UNCHANGED)?;
     if given & QCOW2RS_IO_COMPRESSED != 0 {
         let text = "this build does not write compressed clusters";
@@ -88,6 +89,15 @@ fn write_flags(given: u32) -> Result<WriteFlags> {
     Ok(WriteFlags {
         fua: given & QCOW2RS_IO_FUA != 0,
         unchanged: given & QCOW2RS_IO_UNCHANGED != 0,
+    })
+}
+
+pub(super) fn zero_flags(given: u32) -> Result<ZeroFlags> {
+    flags(given, QCOW2RS_IO_FUA | QCOW2RS_ZERO_MAY_UNMAP | QCOW2RS_ZERO_NO_FALLBACK)?;
+    Ok(ZeroFlags {
+        fua: given & QCOW2RS_IO_FUA != 0,
+        may_unmap: given & QCOW2RS_ZERO_MAY_UNMAP != 0,
+        no_fallback: given & QCOW2RS_ZERO_NO_FALLBACK != 0,
     })
 }
 
@@ -184,13 +194,7 @@ pub unsafe extern "C" fn qcow2rs_write_zeroes(
 ) -> c_int {
     entry!(|call| {
         let image = call.held(img)?;
-        self::flags(flags, QCOW2RS_IO_FUA | QCOW2RS_ZERO_MAY_UNMAP | QCOW2RS_ZERO_NO_FALLBACK)?;
-        let flags = ZeroFlags {
-            fua: flags & QCOW2RS_IO_FUA != 0,
-            may_unmap: flags & QCOW2RS_ZERO_MAY_UNMAP != 0,
-            no_fallback: flags & QCOW2RS_ZERO_NO_FALLBACK != 0,
-        };
-        image.write_zeroes(offset, length, flags)?;
+        image.write_zeroes(offset, length, zero_flags(flags)?)?;
         Ok(0)
     })
 }

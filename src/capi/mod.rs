@@ -62,5 +62,8 @@ pub use create::*;
 mod check;
 pub use check::*;
 
+mod queue;
+pub use queue::*;
+
 #[cfg(test)]
 pub(crate) mod panic_tests;

@@ -1,13 +1,15 @@
 //! Open and close
 
 use std::ffi::{c_char, c_int};
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::entry::{Call, flags};
 use super::handle::Handle;
 use super::open_opts::{
     QCOW2RS_OPEN_NO_LOCK, QCOW2RS_OPEN_RDWR, number, options, qcow2rs_open_opts,
 };
+use super::queue::qcow2rs_queue;
 use super::storage::{fd, path, qcow2rs_storage};
 use crate::admin::create::probe;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,8 +17,60 @@ use crate::image::handle::Image;
 use crate::io::storage::Source;
 
 /// An open image.
-pub struct qcow2rs_image(Handle<Image>);
-object!(qcow2rs_image: Image);
+pub struct qcow2rs_image(Handle<OpenImage>);
+object!(qcow2rs_image: OpenImage);
+
+/// An image, and the queues that go with it.
+pub struct OpenImage {
+    image: Arc<Image>,
+    queues: Arc<QueueList>,
+}
+
+/// Addresses of queues, as C knows them.
+#[derive(Default)]
+pub struct QueueList(Mutex<Vec<usize>>);
+
+impl QueueList {
+    fn list(&self) -> MutexGuard<'_, Vec<usize>> {
+        // Nothing panics while it is held.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new one.
+    pub fn add(&self, address: usize) {
+        self.list().push(address);
+    }
+
+    /// One that is released.
+    pub fn remove(&self, address: usize) {
+        self.list().retain(|other| *other != address);
+    }
+}
+
+impl From<Image> for OpenImage {
+    fn from(image: Image) -> OpenImage {
+        OpenImage { image: Arc::new(image), queues: Arc::default() }
+    }
+}
+
+impl OpenImage {
+    /// For queues.
+    pub fn shared(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Those that there are.
+    pub fn queue_list(&self) -> &Arc<QueueList> {
+        &self.queues
+    }
+}
+
+impl Deref for OpenImage {
+    type Target = Image;
+    fn deref(&self) -> &Image {
+        &self.image
+    }
+}
 
 /// [MT] What the first bytes look like, for a person to confirm; the storage
 /// is not consumed.  Returns QCOW2RS_FORMAT_*.
@@ -39,7 +93,7 @@ fn open(
     let source = source();
     let out = call.out(out)?;
     let image = Image::open(source?, &options(call, opts)?)?;
-    out.set(image);
+    out.set(image.into());
     Ok(0)
 }
 
@@ -105,12 +159,15 @@ fn release(
 ) -> Result<c_int> {
     let Some(image) = call.leaving(img)? else { return Ok(0) };
     // What a panic has left in pieces is not written any more.
-    let ended = if image.poisoned() { image.abandon() } else { end(&image) };
+    let poisoned = image.poisoned() || image.queues().is_poisoned();
+    let ended = if poisoned { image.abandon() } else { end(&image) };
     if ended.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
         return ended.map(|()| 0);
     }
-    let released = image.release();
-    if released.poisoned {
+    let queues = std::mem::take(&mut *image.queue_list().list());
+    queues.into_iter().for_each(|queue| call.bury::<qcow2rs_queue>(queue));
+    drop(image.release());
+    if poisoned {
         let text = "the image was unusable after an internal error: what was not flushed is lost";
         return Err(Error::new(ErrorKind::Panic, text));
     }

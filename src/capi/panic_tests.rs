@@ -253,6 +253,73 @@ fn a_panic_in_close_takes_the_image_along() {
     }
 }
 
+/// Takes the one completion that is there.
+unsafe fn reap(queue: *mut qcow2rs_queue) -> qcow2rs_completion {
+    let null = ptr::null_mut();
+    let mut completion = qcow2rs_completion {
+        user_data: null,
+        error_message: ptr::null(),
+        ret: 0,
+        error_code: 0,
+        reserved: 0,
+    };
+    // SAFETY: the caller's queue.
+    assert_eq!(unsafe { qcow2rs_queue_reap(queue, &mut completion, 1) }, 1);
+    completion
+}
+
+#[test]
+fn a_panic_in_a_request_completes_it_and_poisons_queue_and_image() {
+    let control = Arc::new(Control::default());
+    let (mut image, mut queue, mut other) = (image(&control), ptr::null_mut(), ptr::null_mut());
+    let (data, null) = (c"data".as_ptr().cast(), ptr::null_mut());
+    // SAFETY: objects made here, and a string.
+    unsafe {
+        assert_eq!(qcow2rs_queue_create(image, ptr::null(), &mut queue), 0);
+        assert_eq!(qcow2rs_queue_create(image, ptr::null(), &mut other), 0);
+        control.panic_in.store(WRITE, Ordering::Relaxed);
+        let mark = ptr::from_mut(&mut queue).cast();
+        assert_eq!(qcow2rs_queue_pwrite(queue, data, 4, 70_000, 0, mark), 0);
+        let mut byte = 0_u8;
+        let to = ptr::from_mut(&mut byte).cast();
+        assert_eq!(qcow2rs_queue_pread(queue, to, 1, 0, 0, null), 0);
+        let completion = reap(queue);
+        assert_eq!((completion.ret, completion.user_data), (-libc::ENOTRECOVERABLE, mark));
+        assert_eq!(completion.error_code, QCOW2RS_E_PANIC);
+        let message = CStr::from_ptr(completion.error_message).to_str().unwrap();
+        assert!(message.contains("as told"), "{message}");
+        // What was accepted before still completes.
+        assert_eq!(reap(queue).ret, 0);
+        control.panic_in.store(0, Ordering::Relaxed);
+
+        check_panicked(qcow2rs_queue_pwrite(queue, data, 4, 0, 0, null));
+        check_panicked(qcow2rs_queue_flush(queue, 0, null));
+        check_panicked(qcow2rs_queue_submit(queue));
+        check_panicked(qcow2rs_queue_reap(queue, ptr::null_mut(), 0));
+        // Another queue is whole, the image is not.
+        assert_eq!(qcow2rs_queue_flush(other, 0, null), 0);
+        assert_eq!(reap(other).error_code, QCOW2RS_E_PANIC);
+        check_panicked(write(image));
+        check_panicked(read(image));
+        check_panicked(flush(image));
+        check_panicked(qcow2rs_reopen(image, 0));
+        let mut info = qcow2rs_info::default();
+        check_panicked(qcow2rs_get_info(image, &mut info, size_of::<qcow2rs_info>()));
+        check_panicked(qcow2rs_queue_create(image, ptr::null(), &mut ptr::null_mut()));
+        qcow2rs_queue_destroy(&mut queue);
+        check_panicked(qcow2rs_close(&mut image));
+        qcow2rs_queue_destroy(&mut other);
+        assert!(queue.is_null() && image.is_null() && other.is_null());
+    }
+    // A later panic is told of as any other.
+    let again: c_int = entry!(|_call| panic!("a new one"));
+    check_panicked(again);
+    // SAFETY: never NULL, and this thread makes no other call meanwhile.
+    let message = unsafe { CStr::from_ptr(qcow2rs_error_message()) }.to_str().unwrap();
+    assert!(message.contains("a new one"), "{message}");
+    assert_eq!(control.dropped.load(Ordering::Relaxed), 1);
+}
+
 #[test]
 fn other_threads_get_out() {
     struct Address(*mut qcow2rs_image);

@@ -1,8 +1,11 @@
 //! The handle that programs hold: blocking calls, and the operations that need
 //! the image for themselves (close, invalidate, reopen).
 
+use std::future::Future;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 
+use super::attached::{Queues, poisoned};
 use super::disk::{Disk, Layer};
 use super::info::{Info, Stats, StoredReference};
 use super::open::access;
@@ -14,7 +17,7 @@ use crate::here::here;
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece, Target};
 use crate::io::storage::{Source, Storage};
-use crate::io::wait::block_on;
+use crate::io::wait::{block_on, block_on_unless};
 use crate::shard::Sharded;
 use crate::sys::memory::{GuestMut, GuestRef};
 
@@ -27,6 +30,7 @@ pub struct Image {
     doors: Sharded<RwLock<Option<Arc<Disk>>>>,
     /// The same disk, for questions that are answered at any time.
     current: Mutex<Option<Arc<Disk>>>,
+    queues: Queues,
 }
 
 /// Flags of a write.
@@ -78,6 +82,7 @@ impl Image {
         Image {
             doors: Sharded::new(|| RwLock::new(Some(disk.clone()))),
             current: Mutex::new(Some(disk)),
+            queues: Queues::default(),
         }
     }
 
@@ -87,7 +92,27 @@ impl Image {
 
     /// The disk for a question that does not wait for anybody.
     fn disk(&self) -> Result<Arc<Disk>> {
+        if self.queues.is_poisoned() {
+            return Err(poisoned());
+        }
         self.current().clone().ok_or_else(closed)
+    }
+
+    /// The queues of this image.
+    pub(crate) fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
+    /// Calls `accept` with the disk for a request that stays when this returns, or
+    /// with the reason why there is none. Who needs the image for itself sees what
+    /// `accept` has counted.
+    pub(crate) fn accept<R>(&self, accept: impl FnOnce(Result<Arc<Disk>>) -> R) -> R {
+        let door = self.doors.at(here()).read().unwrap_or_else(PoisonError::into_inner);
+        let disk = door.as_ref().ok_or_else(closed).and_then(|disk| match self.usable(disk) {
+            Ok(()) => Ok(disk.clone()),
+            Err(error) => Err(error),
+        });
+        accept(disk)
     }
 
     /// Calls `call` with the disk, through this thread's door.
@@ -95,17 +120,43 @@ impl Image {
     fn enter<R>(&self, call: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
         let door = self.doors.at(here()).read().unwrap_or_else(PoisonError::into_inner);
         let disk = door.as_deref().ok_or_else(closed)?;
+        self.usable(disk)?;
+        call(disk)
+    }
+
+    /// Waits for a call's future; `Deadlock` rather than for ever.
+    #[inline]
+    fn block<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        match block_on_unless(call, |parked| self.queues.idle(parked, &self.doors)) {
+            ControlFlow::Continue(result) => result,
+            ControlFlow::Break(deadlock) => Err(deadlock),
+        }
+    }
+
+    /// Whether data may be read and written.
+    #[inline]
+    fn usable(&self, disk: &Disk) -> Result<()> {
+        if self.queues.is_poisoned() {
+            return Err(poisoned());
+        }
         if disk.options.check_only {
             return Err(Error::new(
                 ErrorKind::NotSupported,
                 "the image is open for checking only: no data is read or written",
             ));
         }
-        call(disk)
+        Ok(())
+    }
+
+    /// Closes all doors; `Busy` if somebody is inside, or a request in flight.
+    fn exclusive(&self) -> Result<Exclusive<'_>> {
+        let all = self.doors()?;
+        self.queues.check_idle()?;
+        Ok(all)
     }
 
     /// Closes all doors; `Busy` if somebody is inside.
-    fn exclusive(&self) -> Result<Exclusive<'_>> {
+    fn doors(&self) -> Result<Exclusive<'_>> {
         let mut doors = Vec::new();
         for door in self.doors.iter() {
             doors.push(match door.try_write() {
@@ -122,20 +173,25 @@ impl Image {
         Ok(Exclusive { doors, image: self })
     }
 
-    /// Flushes and releases. `Busy` if another thread is inside a call: the
-    /// image stays as it was. After any other result the image is closed, and
-    /// all calls but drop are errors.
+    /// Waits for the requests of queues, flushes and releases. `Busy` if another
+    /// thread is inside a call, of a queue or not: the image stays as it was. After
+    /// any other result the image is closed, and all calls but drop are errors, as
+    /// are requests of its queues.
     pub fn close(&self) -> Result<()> {
-        let mut all = self.exclusive()?;
+        let mut all = self.doors()?;
+        self.queues.finish()?;
         let disk = self.disk()?;
         let settled = block_on(disk.settle(&Blocking));
         all.replace(None);
         settled
     }
 
-    /// Releases without writing anything. `Busy` as for close.
+    /// Releases without writing anything; requests of queues end as `Cancelled`.
+    /// `Busy` as for close.
     pub fn abandon(&self) -> Result<()> {
-        self.exclusive()?.replace(None);
+        let mut all = self.doors()?;
+        self.queues.give_up()?;
+        all.replace(None);
         Ok(())
     }
 
@@ -240,7 +296,7 @@ impl Image {
         let to = Target::Guest(to);
         self.enter(|disk| match disk.read_now(&Blocking, &to, offset) {
             Some(result) => result,
-            None => block_on(disk.read(&Blocking, to, offset)),
+            None => self.block(disk.read(&Blocking, to, offset)),
         })
     }
 
@@ -257,24 +313,24 @@ impl Image {
             let now = if flags.fua { None } else { disk.write_now(&Blocking, &data, offset) };
             match now {
                 Some(result) => result,
-                None => block_on(disk.write(&Blocking, data, offset, flags.fua)),
+                None => self.block(disk.write(&Blocking, data, offset, flags.fua)),
             }
         })
     }
 
     /// Makes a range read as zero.
     pub fn write_zeroes(&self, offset: u64, length: u64, flags: ZeroFlags) -> Result<()> {
-        self.enter(|disk| block_on(disk.write_zeroes(&Blocking, offset, length, flags)))
+        self.enter(|disk| self.block(disk.write_zeroes(&Blocking, offset, length, flags)))
     }
 
     /// Gives a range up: a hint.
     pub fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        self.enter(|disk| block_on(disk.discard(&Blocking, offset, length)))
+        self.enter(|disk| self.block(disk.discard(&Blocking, offset, length)))
     }
 
     /// Makes durable everything that completed before this call.
     pub fn flush(&self) -> Result<()> {
-        self.enter(|disk| block_on(disk.flush(&Blocking)))
+        self.enter(|disk| self.block(disk.flush(&Blocking)))
     }
 
     /// Calls `out` with up to `max` extents that cover the range from its start
@@ -288,7 +344,7 @@ impl Image {
         out: &mut (dyn FnMut(Extent) + Send),
     ) -> Result<()> {
         self.enter(|disk| {
-            block_on(disk.block_status(&Blocking, offset, length, this_layer, max, out))
+            self.block(disk.block_status(&Blocking, offset, length, this_layer, max, out))
         })
     }
 }

@@ -1,5 +1,6 @@
 //! An open image: mapping, reading, writing, flushing, and the chain below it.
 
+pub(crate) mod attached;
 mod claims;
 mod cow;
 mod discard;

@@ -88,8 +88,20 @@ fn read(storage: &Storage, to: &Target<'_>, offset: u64) -> Result<()> {
         #[cfg(feature = "sim")]
         Backend::Sim(_) => Err(libc::ENOTSUP),
     };
-    let len = to.len();
-    done(storage, result, || format!("reading {len} bytes at offset {offset}"))
+    done(storage, result, || reading(to.len(), offset))
+}
+
+/// What a read was doing when it failed.
+#[cold]
+pub(super) fn reading(len: usize, offset: u64) -> String {
+    format!("reading {len} bytes at offset {offset}")
+}
+
+/// What a write was doing when it failed.
+#[cold]
+pub(super) fn writing(pieces: &[Piece<'_>], offset: u64) -> String {
+    let len: usize = pieces.iter().map(Piece::len).sum();
+    format!("writing {len} bytes at offset {offset}")
 }
 
 #[inline]
@@ -100,14 +112,12 @@ fn write(storage: &Storage, pieces: &[Piece<'_>], offset: u64) -> Result<()> {
         #[cfg(feature = "sim")]
         Backend::Sim(_) => Err(libc::ENOTSUP),
     };
-    done(storage, result, || {
-        let len: usize = pieces.iter().map(Piece::len).sum();
-        format!("writing {len} bytes at offset {offset}")
-    })
+    done(storage, result, || writing(pieces, offset))
 }
 
+/// The error, where there is one, with what was being done.
 #[inline]
-fn done<T: fmt::Display>(
+pub(super) fn done<T: fmt::Display>(
     storage: &Storage,
     result: SysResult<()>,
     what: impl FnOnce() -> T,

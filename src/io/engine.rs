@@ -58,8 +58,8 @@ pub trait Engine: Send + Sync {
         offset: u64,
     ) -> impl Future<Output = Result<()>> + Send + 'a;
 
-    /// As `read`, by an engine that is done when it returns; `None` from all
-    /// others. Spares the common case its futures.
+    /// As `read`, where it is done when this returns; `None` elsewhere. Spares the
+    /// common case its futures.
     #[inline]
     fn read_now(&self, _storage: &Storage, _to: &Target<'_>, _offset: u64) -> Option<Result<()>> {
         None

@@ -13,7 +13,7 @@ use rustix::fs::{
 use super::direct::BUFFER;
 use super::engine::{Piece, Target, ZeroMode};
 use crate::sys::file::{self as sys, Bytes, SysResult};
-use crate::sys::memory::BLOCK_ALIGNMENT;
+use crate::sys::memory::{BLOCK_ALIGNMENT, GuestMut};
 
 /// What direct I/O demands; 1 where it is not used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -104,11 +104,19 @@ impl File {
 
     #[inline]
     pub(super) fn read(&self, to: &Target<'_>, offset: u64) -> SysResult<()> {
-        let to = match to {
-            Target::Guest(memory) => *memory,
-            Target::Block(memory) => memory.guest_mut(),
-        };
-        sys::read(self.fd(), to, offset, self.alignment.request)
+        sys::read(self.fd(), to.memory(), offset, self.alignment.request)
+    }
+
+    /// Reads what is in the page cache, all of it or nothing.
+    #[inline]
+    pub(super) fn read_cached(&self, to: &Target<'_>, offset: u64) -> bool {
+        !self.is_direct() && sys::read_cached(self.fd(), to.memory(), offset)
+    }
+
+    /// Whether a write goes to the page cache without waiting for a read.
+    pub(super) fn writes_to_cache(&self, pieces: &[Piece<'_>], offset: u64) -> bool {
+        let length: usize = pieces.iter().map(Piece::len).sum();
+        !self.is_direct() && !sys::write_would_read(self.fd(), offset, length as u64)
     }
 
     #[inline]
@@ -121,15 +129,33 @@ impl File {
     }
 
     pub(super) fn zero(&self, offset: u64, length: u64, mode: ZeroMode) -> SysResult<()> {
-        let mode = match mode {
-            ZeroMode::Punch => FallocateFlags::PUNCH_HOLE,
-            ZeroMode::Keep => FallocateFlags::ZERO_RANGE,
-        };
-        retry(|| fallocate(&self.fd, mode | FallocateFlags::KEEP_SIZE, offset, length))
+        retry(|| fallocate(&self.fd, zero_flags(mode), offset, length))
+    }
+
+    /// How fallocate is asked to zero a range, as it takes it.
+    pub(super) fn zero_flags(mode: ZeroMode) -> i32 {
+        // Small positive bits.
+        zero_flags(mode).bits() as i32
+    }
+
+    /// Whether transfers bypass the page cache.
+    pub(super) fn is_direct(&self) -> bool {
+        self.alignment != Alignment::NONE
     }
 
     pub(super) fn truncate(&self, length: u64) -> SysResult<()> {
         retry(|| ftruncate(&self.fd, length))
+    }
+}
+
+impl Target<'_> {
+    /// What the system calls take.
+    #[inline]
+    pub(super) fn memory(&self) -> GuestMut<'_> {
+        match self {
+            Target::Guest(memory) => *memory,
+            Target::Block(memory) => memory.guest_mut(),
+        }
     }
 }
 
@@ -148,6 +174,14 @@ impl Piece<'_> {
 /// that it went wrong. Some file systems say EINVAL for ranges they do not like.
 pub(crate) fn means_unsupported(errno: i32) -> bool {
     matches!(errno, libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS | libc::ENODEV | libc::EINVAL)
+}
+
+fn zero_flags(mode: ZeroMode) -> FallocateFlags {
+    let mode = match mode {
+        ZeroMode::Punch => FallocateFlags::PUNCH_HOLE,
+        ZeroMode::Keep => FallocateFlags::ZERO_RANGE,
+    };
+    mode | FallocateFlags::KEEP_SIZE
 }
 
 fn retry(f: impl Fn() -> rustix::io::Result<()>) -> SysResult<()> {

@@ -9,6 +9,7 @@ pub mod engine;
 mod file;
 mod range_lock;
 mod registry;
+pub(crate) mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod source;

@@ -3,8 +3,9 @@
 //! Nothing here knows what is waited for. A lock is never held while a waker
 //! runs, and who waits is woken in the order in which they came.
 
+use std::convert::Infallible;
 use std::future::Future;
-use std::ops::{Deref, DerefMut};
+use std::ops::{ControlFlow, Deref, DerefMut};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
@@ -15,13 +16,31 @@ use crate::sync::{Mutex, MutexGuard, thread_local};
 
 /// Polls a future to its end; parks the thread while it is pending. Allocates
 /// once in a thread's life.
+#[inline]
 pub fn block_on<F: Future>(future: F) -> F::Output {
+    let park = |_: &Arc<Parked>| -> ControlFlow<Infallible> {
+        thread::park();
+        ControlFlow::Continue(())
+    };
+    match block_on_unless(future, park) {
+        ControlFlow::Continue(output) => output,
+        ControlFlow::Break(never) => match never {},
+    }
+}
+
+/// As `block_on`, with another way to spend the time while there is nothing to do:
+/// `idle` parks the thread for a while, or breaks to give the future up.
+#[inline]
+pub fn block_on_unless<F: Future, B>(
+    future: F,
+    mut idle: impl FnMut(&Arc<Parked>) -> ControlFlow<B>,
+) -> ControlFlow<B, F::Output> {
     thread_local!(static PARKING: Parking = Parking::new());
     let mut future = pin!(future);
     // A thread whose local storage is gone makes do with a new one.
-    match PARKING.try_with(|parking| parking.block_on(future.as_mut())) {
+    match PARKING.try_with(|parking| parking.block_on(future.as_mut(), &mut idle)) {
         Ok(output) => output,
-        Err(_) => Parking::new().block_on(future),
+        Err(_) => Parking::new().block_on(future, &mut idle),
     }
 }
 
@@ -31,9 +50,17 @@ struct Parking {
     waker: Waker,
 }
 
-struct Parked {
+/// A thread that waits, as far as others may know it.
+pub struct Parked {
     thread: Thread,
     woken: AtomicBool,
+}
+
+impl Parked {
+    /// Whether there is something to do for it.
+    pub fn is_woken(&self) -> bool {
+        self.woken.load(Ordering::Acquire)
+    }
 }
 
 impl Wake for Parked {
@@ -56,25 +83,34 @@ impl Parking {
     }
 
     #[inline]
-    fn block_on<F: Future>(&self, mut future: Pin<&mut F>) -> F::Output {
+    fn block_on<F: Future, B>(
+        &self,
+        mut future: Pin<&mut F>,
+        idle: &mut dyn FnMut(&Arc<Parked>) -> ControlFlow<B>,
+    ) -> ControlFlow<B, F::Output> {
         let mut context = Context::from_waker(&self.waker);
         match future.as_mut().poll(&mut context) {
-            Poll::Ready(output) => output,
-            Poll::Pending => self.wait(future, &mut context),
+            Poll::Ready(output) => ControlFlow::Continue(output),
+            Poll::Pending => self.wait(future, &mut context, idle),
         }
     }
 
     #[cold]
-    fn wait<F: Future>(&self, mut future: Pin<&mut F>, context: &mut Context<'_>) -> F::Output {
+    fn wait<F: Future, B>(
+        &self,
+        mut future: Pin<&mut F>,
+        context: &mut Context<'_>,
+        idle: &mut dyn FnMut(&Arc<Parked>) -> ControlFlow<B>,
+    ) -> ControlFlow<B, F::Output> {
         loop {
             while !self.parked.woken.swap(false, Ordering::Acquire) {
-                thread::park();
+                idle(&self.parked)?;
             }
             if let Poll::Ready(output) = future.as_mut().poll(context) {
                 // What was taken may have been meant for a `block_on` further
                 // up this thread's stack: let it look again.
                 self.parked.woken.store(true, Ordering::Release);
-                return output;
+                return ControlFlow::Continue(output);
             }
         }
     }

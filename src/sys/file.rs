@@ -24,7 +24,8 @@ pub enum Bytes<'a> {
 }
 
 impl Bytes<'_> {
-    fn len(&self) -> usize {
+    /// Number of bytes.
+    pub(super) fn len(&self) -> usize {
         match self {
             Bytes::Memory(memory) => memory.len(),
             Bytes::Zeroes(len) => *len,
@@ -40,7 +41,7 @@ const BATCH: usize = 64;
 /// Bytes handed to the kernel at a time; it takes no more anyway. A multiple of
 /// every page size, so that a direct transfer stays aligned. Tests have to meet
 /// the limit, too.
-const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
+pub(super) const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
 
 /// Zeroes to write, aligned for direct I/O.
 #[repr(align(4096))]
@@ -67,6 +68,37 @@ pub fn read(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64, alignment: u32) -
         return Ok(());
     }
     read_on(fd, to, offset, alignment, Some(got))
+}
+
+/// As `read`, as far as it takes no waiting: whether all bytes were in memory and have
+/// been read. If not, nothing is known of what `to` holds.
+#[inline]
+pub fn read_cached(fd: BorrowedFd<'_>, to: GuestMut<'_>, offset: u64) -> bool {
+    let mut batch = Batch::new();
+    to.for_each(|ptr, len| _ = batch.push(ptr, len));
+    let (count, at) = (batch.count as i32, offset as libc::off_t);
+    // SAFETY: the iovecs are parts of `to`, writable until this call returns.
+    let got = unsafe { libc::preadv2(fd.as_raw_fd(), batch.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    usize::try_from(got).is_ok_and(|got| got == to.len())
+}
+
+/// Whether a write through the page cache may have to read first, and wait for that:
+/// it covers a page in part that is not in memory.
+pub fn write_would_read(fd: BorrowedFd<'_>, offset: u64, length: u64) -> bool {
+    /// No page is smaller. Where pages are larger, more is looked at than need be.
+    const PAGE: u64 = 4096;
+    let end = offset.saturating_add(length);
+    let absent = |edge: u64| {
+        let mut byte = 0u8;
+        let (at, page) = (
+            edge as libc::off_t,
+            libc::iovec { iov_base: std::ptr::from_mut(&mut byte).cast(), iov_len: 1 },
+        );
+        // SAFETY: one byte, writable until this call returns.
+        let got = unsafe { libc::preadv2(fd.as_raw_fd(), &page, 1, at, libc::RWF_NOWAIT) };
+        got < 0 && errno() == libc::EAGAIN
+    };
+    (offset % PAGE != 0 && absent(offset)) || (end % PAGE != 0 && absent(end))
 }
 
 /// Everything but the simple case: lists, short reads, interruptions, the end
@@ -239,7 +271,7 @@ pub fn errno() -> i32 {
 
 /// Calls `push` with each contiguous range of the parts, without the first
 /// `skip` bytes, until it returns false.
-fn gather<'a>(
+pub(super) fn gather<'a>(
     parts: impl Iterator<Item = Bytes<'a>>,
     mut skip: usize,
     mut push: impl FnMut(*mut u8, usize) -> bool,

@@ -2,6 +2,8 @@
 //! It knows nothing of images; only `io` uses its system calls.
 #![allow(unsafe_code)]
 
+pub mod event;
 pub mod file;
 pub mod lock;
 pub mod memory;
+pub mod uring;

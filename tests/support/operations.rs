@@ -190,7 +190,12 @@ impl Op {
 
 /// Each sector of a discarded range reads as before or as zero; the model follows.
 fn follow_discard(image: &Image, at: u64, len: u64, model: &mut [u8]) {
-    let now = super::read(image, at, len);
+    follow_read(&super::read(image, at, len), at, model);
+}
+
+/// The same, with what was read of the range from `at` on.
+pub fn follow_read(now: &[u8], at: u64, model: &mut [u8]) {
+    let len = now.len() as u64;
     let model = &mut model[at as usize..(at + len) as usize];
     let first = (512 - at % 512).min(len) as usize;
     let sectors = std::iter::once(0..first)
@@ -200,5 +205,5 @@ fn follow_discard(image: &Image, at: u64, len: u64, model: &mut [u8]) {
         let zero = new.iter().all(|byte| *byte == 0);
         assert!(zero || new == old, "foreign bytes {:#x} after a discarded offset", sector.start);
     }
-    model.copy_from_slice(&now);
+    model.copy_from_slice(now);
 }

@@ -4,6 +4,7 @@ mod access;
 mod callbacks;
 mod direct;
 mod locks;
+mod ring;
 mod transfer;
 
 use std::path::{Path, PathBuf};

@@ -57,3 +57,8 @@ pub mod alloc {
 pub mod capi {
     pub mod users;
 }
+
+#[path = "../../../src/queue"]
+pub mod queue {
+    pub mod ready;
+}
