@@ -188,7 +188,9 @@ impl Qcow2 {
         mutant!(EntriesBeforeRefcounts => {
             allocator.refcounts.write_back(engine, &self.storage).await?;
         });
-        mutant!(DirtyBitLate => let _ = self.mark_dirty(engine, writing).await?;);
+        mutant!(DirtyBitLate => if writing.lazy {
+            self.mark_dirty(engine, writing).await?;
+        });
         Ok(())
     }
 
