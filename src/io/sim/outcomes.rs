@@ -151,7 +151,9 @@ impl AtStake {
     pub fn remains(&self, length: usize, kept: impl Fn(usize, usize) -> bool) -> Remains {
         let length = self.lengths[length];
         let (mut fingerprint, mut sectors) = (self.sum, Vec::new());
-        for Uncertain { sector, versions } in &self.sectors {
+        // What lies behind the end makes no difference.
+        let inside = |sector: &&Uncertain| sector.sector * SECTOR < length;
+        for Uncertain { sector, versions } in self.sectors.iter().filter(inside) {
             let last = versions.iter().rfind(|v| kept(v.change.0, v.change.1));
             if let Some(last) = last {
                 fingerprint = fingerprint.wrapping_add(last.delta);
