@@ -15,29 +15,17 @@ static struct memory disk;
 
 static void put64(size_t at, uint64_t value)
 {
-    int i;
-
-    for (i = 7; i >= 0; i--) {
-        disk.bytes[at + (size_t)i] = (unsigned char)value;
-        value >>= 8;
-    }
+    memory_put(&disk, at, value, 8);
 }
 
 static uint64_t get64(size_t at)
 {
-    uint64_t value = 0;
-    size_t i;
-
-    for (i = 0; i < 8; i++) {
-        value = value << 8 | disk.bytes[at + i];
-    }
-    return value;
+    return memory_get64(&disk, at);
 }
 
 static void set_refcount(size_t cluster, unsigned value)
 {
-    disk.bytes[REFBLOCK + 2 * cluster] = (unsigned char)(value >> 8);
-    disk.bytes[REFBLOCK + 2 * cluster + 1] = (unsigned char)value;
+    memory_put(&disk, REFBLOCK + 2 * cluster, value, 2);
 }
 
 /* Where the L2 table, or the first host cluster that it names, is. */

@@ -141,6 +141,27 @@ struct memory {
     atomic_int late_calls;   /* calls after close */
 };
 
+/* The low `bytes` bytes of a number, big-endian, as everything in images is. */
+static inline void memory_put(struct memory *m, size_t at, uint64_t value,
+                              size_t bytes)
+{
+    while (bytes > 0) {
+        m->bytes[at + --bytes] = (unsigned char)value;
+        value >>= 8;
+    }
+}
+
+static inline uint64_t memory_get64(const struct memory *m, size_t at)
+{
+    uint64_t value = 0;
+    size_t i;
+
+    for (i = 0; i < 8; i++) {
+        value = value << 8 | m->bytes[at + i];
+    }
+    return value;
+}
+
 static inline struct memory *memory_enter(void *opaque)
 {
     struct memory *m = opaque;

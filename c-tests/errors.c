@@ -10,21 +10,12 @@ static struct memory disk;
 
 static void put(size_t at, uint64_t value, size_t bytes)
 {
-    while (bytes > 0) {
-        disk.bytes[at + --bytes] = (unsigned char)value;
-        value >>= 8;
-    }
+    memory_put(&disk, at, value, bytes);
 }
 
 static uint64_t get64(size_t at)
 {
-    uint64_t value = 0;
-    size_t i;
-
-    for (i = 0; i < 8; i++) {
-        value = value << 8 | disk.bytes[at + i];
-    }
-    return value;
+    return memory_get64(&disk, at);
 }
 
 /* Opens the disk, which is then as it was before. */

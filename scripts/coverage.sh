@@ -1,7 +1,6 @@
 #!/bin/bash
-# Which lines of the core the crash simulation runs:
-# scripts/coverage.sh [NAME OF TESTS...]
-#
+# Which lines of the core the crash simulation runs.
+#   scripts/coverage.sh [NAME OF TESTS...]
 # Without names, all tests of tests/crash.  Prints a table of src/alloc, src/image,
 # src/metadata and src/io (without the simulator itself), and leaves a listing of
 # each line at target/coverage/lines.txt.  Needs the LLVM tools of this very compiler:

@@ -1,7 +1,6 @@
 #!/bin/bash
-# Simulates power losses, process deaths and failing disks, for as long as you like:
-# scripts/crash.sh [--minutes N] [--seed FIRST] [--medium NAME] [--parity]
-#
+# Simulates power losses, process deaths and failing disks, for as long as you like.
+#   scripts/crash.sh [--minutes N] [--seed FIRST] [--medium NAME] [--parity]
 # Media: seeded (512- or 4096-byte units, the default), sectors, pages; words and
 # garbage are hostile, and what they break is only counted.  --parity judges by what
 # QEMU promises rather than by what this driver does.  Ends with a table, and fails

@@ -2,7 +2,7 @@
 # Fuzzes: any bytes as images, any requests to damaged ones.  Each target begins with
 # its seeds (fuzz/corpus) and with what earlier runs have found (fuzz/found).
 #   scripts/fuzz.sh                        each target for 5 seconds
-#   scripts/fuzz.sh --minutes 30 [TARGET]  each, or one, for longer
+#   scripts/fuzz.sh --minutes 30 [TARGET]  each, or one, for longer; or --seconds
 #   scripts/fuzz.sh --replay TARGET FILE   one input, for instance from fuzz/artifacts
 #   scripts/fuzz.sh --seeds                makes the seeds again (needs qemu-img)
 # Needs a C++ compiler, and no more of Rust than the library does: the flags below

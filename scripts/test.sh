@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
+# No test may do without QEMU's tools.
+export QCOW2RS_NEED_QEMU=1
 
 # cargo's own output and meson's are apart; all builds of meson share theirs.
 cargo_dir=$root/target/meson

@@ -25,6 +25,7 @@
 //! |---|---|
 //! | `error`, `geometry`, `log` | errors; address types; log messages |
 //! | `sync`, `owner`, `here`, `shard` | atomics and threads; what is kept thread by thread |
+//! | `fallible` | large vectors: an error where there is no memory for them |
 //! | `mutants` | bugs seeded for the tests; empty in any other build |
 //! | `format` | bytes to types and back, pure |
 //! | `sys` | raw memory and system calls |

@@ -15,7 +15,7 @@ use support::memory_disk::{Gate, MemoryDisk, Request};
 use support::operations::{Backing, Case};
 use support::{
     Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, qemu_img_check, qemu_io,
-    qemu_ok, refcounts, text,
+    qemu_ok, refcounts, smallest_caches, text,
 };
 
 const THREADS: usize = 6;
@@ -82,11 +82,7 @@ impl Run {
         let mut options = OpenOptions::new().policy(Policy::Paths).writable(true);
         options.no_flush = true;
         if self.tiny_caches {
-            // Two slices, so that everything is evicted all the time.
-            for name in ["l2-cache-size", "refcount-cache-size"] {
-                options.set(name, "1k").unwrap();
-            }
-            options.set("l2-cache-entry-size", "512").unwrap();
+            smallest_caches(&mut options);
         }
         Image::open(Source::path(self.path()), &options).unwrap()
     }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use qcow2rs::{ErrorKind, Format, Image, OpenOptions, Policy, Reference, Resolver, Source};
+use qcow2rs::{ErrorKind, Image, OpenOptions, Policy};
 
 use crate::memory::peak;
 use crate::support::memory_disk::MemoryDisk;
@@ -21,23 +21,10 @@ const CALLS: u64 = 20_000;
 /// What lies below images that name something.
 pub const BELOW: u8 = 0xba;
 
-/// Made before anything is counted.
-struct Below(MemoryDisk);
-
-impl Resolver for Below {
-    fn resolve(
-        &self,
-        _: &Reference,
-        _: Option<Format>,
-    ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
-        Ok((self.0.source(), Some(Format::Raw)))
-    }
-}
-
 /// Options with bounds; `small`: with the smallest caches.
 pub fn options(writable: bool, small: bool) -> OpenOptions {
     let mut options = OpenOptions::new().writable(writable);
-    options.policy = Policy::Resolve(Arc::new(Below(MemoryDisk::new(&[BELOW; 70_000]))));
+    options.policy = Policy::Resolve(Arc::new(MemoryDisk::new(&[BELOW; 70_000])));
     options.max_metadata_size = METADATA;
     if small {
         for name in ["l2-cache-size", "refcount-cache-size"] {

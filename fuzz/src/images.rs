@@ -5,18 +5,7 @@ use std::sync::LazyLock;
 
 use crate::support::builder::{Cluster, Kind, build};
 
-const TINY: Kind = Kind {
-    version: 3,
-    cluster: 512,
-    extended_l2: false,
-    refcount_bits: 16,
-    size: 64 << 10,
-    backing: false,
-    snapshot: false,
-    crowded: false,
-    lazy: false,
-    autoclear: false,
-};
+const TINY: Kind = Kind::PLAIN;
 const EXTENDED: Kind = Kind { cluster: 16 << 10, extended_l2: true, size: 128 << 10, ..TINY };
 
 /// Their names, for files, and what they are like.

@@ -1,7 +1,7 @@
 //! The tests' own tools, from where they are.
 #![allow(dead_code)] // The targets use their part.
 
-#[path = "../../tests/crash/builder.rs"]
+#[path = "../../tests/support/builder.rs"]
 pub mod builder;
 #[path = "../../tests/support/damage.rs"]
 pub mod damage;

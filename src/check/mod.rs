@@ -337,9 +337,9 @@ impl<'a, E: Engine> Check<'a, E> {
         let Some(extension) = self.header.extensions.bitmaps else { return Ok(()) };
         let (offset, bytes) = (extension.directory_offset, extension.directory_size);
         self.refer("the bitmap directory", offset, bytes, 1)?;
-        if bytes > u64::from(extension.count) * bitmap::LONGEST_ENTRY {
-            self.corrupt(offset, "the bitmap directory is longer than its entries".to_owned(), 1);
-            return Err(Error::corrupt("the bitmap directory is longer than its entries"));
+        if let Err(error) = extension.check_directory() {
+            self.corrupt(offset, error.message(), 1);
+            return Err(error);
         }
         self.reserve(2 * bytes)?;
         let directory = self.read(offset, bytes).await?;

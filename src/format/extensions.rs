@@ -3,6 +3,7 @@
 //!
 //! It knows the records, not the header around them.
 
+use super::bitmap::LONGEST_ENTRY;
 use super::bytes::{Reader, c_string};
 use super::features::KNOWN_NAMES;
 use super::limits::{MAX_BACKING_FORMAT, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_HOST_OFFSET};
@@ -242,6 +243,16 @@ impl BitmapsExt {
             )));
         }
         Ok(BitmapsExt { count, directory_size, directory_offset })
+    }
+
+    /// Whether the directory is no longer than its entries can be: asked before so
+    /// much is read. `Corrupt` if it is. Apart from parsing, for an image with such
+    /// a directory may be read.
+    pub fn check_directory(&self) -> Result<()> {
+        if self.directory_size > u64::from(self.count) * LONGEST_ENTRY {
+            return Err(Error::corrupt("the bitmap directory is longer than its entries"));
+        }
+        Ok(())
     }
 }
 

@@ -285,6 +285,8 @@ impl Header {
     pub const SNAPSHOTS_AT: u64 = 60;
     /// Where the incompatible feature bits (8 bytes) stand in a version 3 header.
     pub const INCOMPATIBLE_AT: u64 = 72;
+    /// Where the autoclear feature bits (8 bytes) stand in a version 3 header.
+    pub const AUTOCLEAR_AT: u64 = 88;
 
     /// Size and offset of the L1 table, to be replaced in place by one write.
     pub fn l1_patch(&self) -> [u8; 12] {

@@ -37,10 +37,20 @@ impl FeatureBits {
     }
 }
 
-/// Writes the word; does not sync.
-pub async fn write_word<E: Engine>(engine: &E, storage: &Storage, word: u64) -> Result<()> {
+/// Writes the incompatible feature bits; does not sync.
+pub async fn write_incompatible<E: Engine>(engine: &E, storage: &Storage, bits: u64) -> Result<()> {
+    write_word(engine, storage, bits, Header::INCOMPATIBLE_AT).await
+}
+
+/// Writes one word of the header; does not sync.
+pub async fn write_word<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    word: u64,
+    offset: u64,
+) -> Result<()> {
     let block = Block::from_bytes(&word.to_be_bytes())?;
-    storage.write(engine, &[Piece::Block(block.slice(0, 8))], Header::INCOMPATIBLE_AT).await
+    storage.write(engine, &[Piece::Block(block.slice(0, 8))], offset).await
 }
 
 impl Qcow2 {
@@ -63,7 +73,7 @@ impl Qcow2 {
             return Ok(false);
         }
         let _alone = features.writing.lock().await;
-        write_word(engine, &self.storage, features.get() | incompatible::DIRTY).await?;
+        write_incompatible(engine, &self.storage, features.get() | incompatible::DIRTY).await?;
         features.word.fetch_or(incompatible::DIRTY, SeqCst);
         Ok(true)
     }
@@ -74,7 +84,7 @@ impl Qcow2 {
         let _alone = features.writing.lock().await;
         // Forgotten first: should this fail half way, it is set again when need be.
         features.word.fetch_and(!incompatible::DIRTY, SeqCst);
-        write_word(engine, &self.storage, features.get()).await?;
+        write_incompatible(engine, &self.storage, features.get()).await?;
         writing.allocator.barrier(engine, &self.storage).await
     }
 
@@ -93,7 +103,8 @@ impl Qcow2 {
             let _alone = features.writing.lock().await;
             let bits = features.word.fetch_or(incompatible::CORRUPT, SeqCst);
             // The error that led here matters more than one from writing it down.
-            if write_word(engine, &self.storage, bits | incompatible::CORRUPT).await.is_ok() {
+            if write_incompatible(engine, &self.storage, bits | incompatible::CORRUPT).await.is_ok()
+            {
                 let _ = writing.allocator.barrier(engine, &self.storage).await;
             }
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::feature_bits::{FeatureBits, write_word};
+use super::feature_bits::{FeatureBits, write_incompatible, write_word};
 use super::open::{Budget, refcount_cache, reftable_bytes};
 use super::options::OpenOptions;
 use super::qcow2::{L1Table, Qcow2, Writing};
@@ -19,12 +19,11 @@ use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, incompatible};
 use crate::format::limits::OFFSET_MASK;
 use crate::format::refcount::RefcountWidth;
-use crate::io::engine::{Engine, Piece};
+use crate::io::engine::Engine;
 use crate::io::storage::Storage;
 use crate::log;
 use crate::metadata::snapshot_table::read_snapshots;
 use crate::metadata::tables::{read, read_table};
-use crate::sys::memory::Block;
 
 /// Makes an image that is open ready for writing. Whatever can be refused is refused
 /// before anything is written.
@@ -52,7 +51,7 @@ async fn repair_dirty<E: Engine>(engine: &E, image: &mut Qcow2, budget: &Budget)
     });
     repair(engine, storage, header, budget.0).await?;
     header.incompatible &= !incompatible::DIRTY;
-    write_word(engine, storage, header.incompatible).await?;
+    write_incompatible(engine, storage, header.incompatible).await?;
     storage.sync(engine).await?;
     // Flags in there may have changed.
     let table = read_table(engine, storage, header.l1_offset, header.l1_size as usize).await?;
@@ -163,10 +162,7 @@ async fn refuse_enabled_bitmaps<E: Engine>(
     budget: &mut Budget,
 ) -> Result<()> {
     let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
-    if bitmaps.directory_size > u64::from(bitmaps.count) * bitmap::LONGEST_ENTRY {
-        let text = format!("{}: the bitmap directory is longer than its entries", storage.name());
-        return Err(Error::corrupt(text));
-    }
+    bitmaps.check_directory().map_err(|error| error.context(storage.name().to_owned()))?;
     // It is there twice while it is read.
     budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage.name())?;
     let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
@@ -189,14 +185,12 @@ async fn refuse_enabled_bitmaps<E: Engine>(
 /// Autoclear bits say that something is still true that a writer who does not know
 /// them may break: on an image open for writing they go before all else is written.
 async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
-    const AUTOCLEAR_AT: u64 = 88;
     let unknown = image.header.unknown_autoclear();
     if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
         return Ok(());
     }
     image.header.autoclear &= !unknown;
-    let block = Block::from_bytes(&image.header.autoclear.to_be_bytes())?;
-    image.storage.write(engine, &[Piece::Block(block.slice(0, 8))], AUTOCLEAR_AT).await?;
+    write_word(engine, &image.storage, image.header.autoclear, Header::AUTOCLEAR_AT).await?;
     mutant!(AutoclearNotSynced => return Ok(()));
     image.storage.sync(engine).await
 }

@@ -10,10 +10,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::builder::Kind;
 use super::qemu;
 use super::random::{self, SMALL, number};
 use super::scenario::{Config, Medium, Scenario, Tally};
+use super::support::builder::Kind;
 
 /// Seeds that the test runs by itself.
 const SEEDS: u64 = 30;

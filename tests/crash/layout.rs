@@ -52,19 +52,14 @@ const OFFSET: Range<u32> = 9..56;
 #[derive(Clone, Debug)]
 pub struct Header {
     pub version: u64,
-    pub backing: Range<u64>,
     pub cluster: u64,
     pub size: u64,
-    pub crypt: u64,
     pub l1: Table,
     pub reftable: Table,
     pub snapshots: Table,
     pub incompatible: u64,
-    pub compatible: u64,
     pub autoclear: u64,
     pub refcount_order: u64,
-    pub length: u64,
-    pub compression: u64,
     /// Type and data.
     pub extensions: Vec<(u64, Vec<u8>)>,
 }
@@ -105,19 +100,14 @@ impl Header {
         let name = be64(&raw, 8);
         let mut header = Header {
             version,
-            backing: name..name + be32(&raw, 16),
             cluster,
             size: be64(&raw, 24),
-            crypt: be32(&raw, 32),
             l1: Table { offset: be64(&raw, 40), entries: be32(&raw, 36) },
             reftable: Table { offset: be64(&raw, 48), entries: be32(&raw, 56) * cluster / 8 },
             snapshots: Table { offset: be64(&raw, 64), entries: be32(&raw, 60) },
             incompatible: if_v3(be64(&raw, 72)),
-            compatible: if_v3(be64(&raw, 80)),
             autoclear: if_v3(be64(&raw, 88)),
             refcount_order: if v3 { be32(&raw, 96) } else { 4 },
-            length,
-            compression: if length > 104 { raw[104].into() } else { 0 },
             extensions: Vec::new(),
         };
         if header.refcount_order > 6 {
@@ -150,10 +140,6 @@ impl Header {
 
     pub fn data_file(&self) -> bool {
         self.incompatible & DATA_FILE != 0
-    }
-
-    pub fn has_backing(&self) -> bool {
-        self.backing.start != 0 && !self.backing.is_empty()
     }
 
     /// Entries of an L2 table.
@@ -285,11 +271,6 @@ pub struct Refcounts {
 }
 
 impl Refcounts {
-    /// Number of clusters that refcounts could be given for.
-    pub fn clusters(&self) -> u64 {
-        self.blocks.len() as u64 * self.per_block
-    }
-
     pub fn get(&self, cluster: u64) -> u64 {
         let block = self.blocks.get((cluster / self.per_block) as usize);
         let Some(Some(block)) = block else { return 0 };

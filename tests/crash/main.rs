@@ -1,9 +1,6 @@
 //! What is left after a crash: random and chosen operations on simulated disks,
 //! crashes at any moment, and a strict look at what is found afterwards.
 
-#![allow(dead_code)] // Workloads to come use the rest of the tools.
-
-mod builder;
 mod exhaustive;
 mod farm;
 mod faults;
@@ -11,6 +8,7 @@ mod guest;
 mod handover;
 mod imagecheck;
 mod imagecheck_tests;
+mod images_taken;
 mod inspect;
 mod layout;
 mod life;
@@ -24,4 +22,3 @@ mod schedules;
 mod snapshot;
 #[path = "../support/mod.rs"]
 mod support;
-mod tally;

@@ -1,6 +1,6 @@
 //! Running QEMU's tools.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 /// What `qemu-img check` says of an image.
@@ -10,10 +10,6 @@ pub struct Verdict {
     pub leaks: usize,
     /// Things that kept it from checking.
     pub errors: usize,
-}
-
-impl Verdict {
-    pub const CLEAN: Verdict = Verdict { corruptions: 0, leaks: 0, errors: 0 };
 }
 
 /// Runs a tool with arguments that contain no blanks; it must succeed.
@@ -78,9 +74,4 @@ pub fn available() -> bool {
         && Command::new("qemu-io").arg("--version").output().is_ok();
     assert!(found || std::env::var_os("QCOW2RS_NEED_QEMU").is_none(), "QEMU's tools are missing");
     found
-}
-
-/// A file in a directory.
-pub fn in_dir(dir: &Path, name: &str) -> PathBuf {
-    dir.join(name)
 }

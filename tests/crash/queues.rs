@@ -9,10 +9,10 @@ use std::ops::Range;
 
 use qcow2rs::io::sim::{Rng, Task};
 
-use super::builder::Kind;
 use super::random::{SMALL, config};
 use super::scenario::Config;
 use super::schedules::scene::{Before, Scene};
+use super::support::builder::Kind;
 use super::support::for_seeds;
 
 /// Bytes of a slice: as few as there may be.

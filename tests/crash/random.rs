@@ -3,10 +3,10 @@
 //! `QCOW2RS_SEED=n` runs one seed; `QCOW2RS_CRASH_ROUNDS=n` says how many are
 //! run for each kind.
 
-use super::builder::Kind;
+use super::images_taken::ImagesTaken;
 use super::qemu;
 use super::scenario::{Config, Scenario};
-use super::tally::Tally;
+use super::support::builder::Kind;
 
 pub fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
@@ -28,7 +28,7 @@ fn run(family: u64, configs: &[Config]) {
         }
         scenario.crashes.get()
     };
-    let _tally = Tally;
+    let _images = ImagesTaken;
     if let Some(seed) = number("QCOW2RS_SEED") {
         if seed % 10 == family {
             run(seed);
@@ -41,18 +41,7 @@ fn run(family: u64, configs: &[Config]) {
     assert!(crashes >= rounds, "hardly any crashes");
 }
 
-pub const SMALL: Kind = Kind {
-    version: 3,
-    cluster: 512,
-    extended_l2: false,
-    refcount_bits: 16,
-    size: 128 << 10,
-    backing: false,
-    snapshot: false,
-    crowded: false,
-    lazy: false,
-    autoclear: false,
-};
+pub const SMALL: Kind = Kind { size: 128 << 10, ..Kind::PLAIN };
 
 pub fn config(kind: Kind) -> Config {
     Config::new(kind)

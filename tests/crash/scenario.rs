@@ -9,12 +9,12 @@ use qcow2rs::image::Disk;
 use qcow2rs::io::sim::{Crash, FileOptions, Rng, SimDisk, SimEngine, SimFile};
 use qcow2rs::{Format, OpenOptions, Policy, Reference, Resolver, Source};
 
-use super::builder::{Cluster, Kind, build};
+use super::images_taken::crash_image;
 use super::layout::ReadAt;
 use super::oracle::{Mode, Oracle, SECTOR, Word, fill, word};
 pub use super::report::{Failure, Verdict};
 use super::snapshot::keep_snapshot;
-use super::tally::crash_image;
+use super::support::builder::{Cluster, Kind, build};
 
 /// What is tried, but for chance. [`Config::new`] gives one to be changed.
 #[derive(Clone, Debug)]

@@ -3,9 +3,9 @@
 
 use qcow2rs::io::sim::{FileOptions, SimDisk};
 
-use super::builder::Kind;
 use super::layout::{Header, ReadAt, read_guest};
 use super::oracle::{Word, fill};
+use super::support::builder::Kind;
 
 /// Remembers it, in a file of the disk, if the image has one: all that is there at
 /// first.

@@ -3,8 +3,8 @@
 
 use qcow2rs::{Error, ErrorKind, Image, OpenOptions, WriteFlags, ZeroFlags};
 
-use crate::builder::{Cluster, Kind, build};
 use crate::memory::refuse;
+use crate::support::builder::{Cluster, Kind, build};
 use crate::support::describe;
 use crate::support::memory_disk::MemoryDisk;
 
@@ -14,18 +14,7 @@ const CLUSTER: u64 = 512 << 10;
 
 /// An image with large clusters and tables: L1 tables of 2 MiB, also of a snapshot.
 fn image(extended_l2: bool) -> Vec<u8> {
-    let kind = Kind {
-        version: 3,
-        cluster: CLUSTER,
-        extended_l2,
-        refcount_bits: 16,
-        size: 4 << 20,
-        backing: false,
-        snapshot: true,
-        crowded: false,
-        lazy: false,
-        autoclear: false,
-    };
+    let kind = Kind { cluster: CLUSTER, extended_l2, size: 4 << 20, snapshot: true, ..Kind::PLAIN };
     build(kind, |index| match index % 3 {
         0 => Cluster::Data { bytes: vec![1; CLUSTER as usize], alloc: 0x55, zero: 0 },
         1 => Cluster::Compressed(vec![2; CLUSTER as usize]),

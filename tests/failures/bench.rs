@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
-use qcow2rs::{Format, Image, OpenOptions, Policy, Reference, Resolver, Source};
+use qcow2rs::{Image, OpenOptions, Policy};
 
-use crate::builder::{Cluster, Kind, build};
+use crate::support::builder::{Cluster, Kind, build};
 use crate::support::memory_disk::{MemoryDisk, Request};
 use crate::support::operations::Op;
+use crate::support::smallest_caches;
 
 /// What the image below consists of.
 pub const BELOW: u8 = 0xba;
@@ -17,18 +18,7 @@ pub const SECTOR: u64 = 512;
 
 /// Small images of all kinds that matter for what is allocated and freed.
 pub fn kinds() -> Vec<Kind> {
-    let tiny = Kind {
-        version: 3,
-        cluster: 512,
-        extended_l2: false,
-        refcount_bits: 16,
-        size: 64 << 10,
-        backing: false,
-        snapshot: false,
-        crowded: false,
-        lazy: false,
-        autoclear: false,
-    };
+    let tiny = Kind::PLAIN;
     let extended = Kind { cluster: 16 << 10, extended_l2: true, size: 512 << 10, ..tiny };
     vec![
         Kind { refcount_bits: 64, ..tiny },
@@ -120,18 +110,6 @@ pub struct Bench {
     trouble: Arc<Trouble>,
 }
 
-struct Below(MemoryDisk);
-
-impl Resolver for Below {
-    fn resolve(
-        &self,
-        _: &Reference,
-        _: Option<Format>,
-    ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
-        Ok((self.0.source(), Some(Format::Raw)))
-    }
-}
-
 impl Bench {
     pub fn new(bytes: &[u8], failure: Option<Failure>) -> Bench {
         let trouble = Arc::new(Trouble { failure: Mutex::new(failure), ..Trouble::default() });
@@ -143,10 +121,8 @@ impl Bench {
     /// Opens the image, with the smallest caches.
     pub fn open(&self) -> qcow2rs::Result<Image> {
         let mut options = OpenOptions::new().writable(true);
-        options.policy = Policy::Resolve(Arc::new(Below(self.below.clone())));
-        options.set("l2-cache-size", "1k").unwrap();
-        options.set("l2-cache-entry-size", "512").unwrap();
-        options.set("refcount-cache-size", "1k").unwrap();
+        options.policy = Policy::Resolve(Arc::new(self.below.clone()));
+        smallest_caches(&mut options);
         Image::open(self.disk.source(), &options)
     }
 

@@ -2,9 +2,6 @@
 //! large allocation of memory, one after the other. The caller is told, nothing else
 //! breaks, and when the cause is gone everything goes on.
 
-#[allow(dead_code)] // Other tests use all of it.
-#[path = "../crash/builder.rs"]
-mod builder;
 #[path = "../support/memory.rs"]
 mod memory;
 #[path = "../support/mod.rs"]

@@ -4,7 +4,7 @@
 use qcow2rs::{ErrorKind, Image, OpenOptions};
 
 use crate::bench::{Asked, BELOW, Bench, Failure, Model, SECTOR, image, kinds};
-use crate::builder::Kind;
+use crate::support::builder::Kind;
 use crate::support::operations::Op;
 use crate::support::{Scratch, describe, qemu, text};
 

@@ -2,9 +2,6 @@
 //! error that says what is wrong, in bounded memory and work, without a panic,
 //! and without a byte of guest data in the wrong place.
 
-#[allow(dead_code)] // Other tests use all of it.
-#[path = "../crash/builder.rs"]
-mod builder;
 #[path = "../support/memory.rs"]
 mod memory;
 #[path = "../support/mod.rs"]

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use qcow2rs::{ErrorKind, Image, WriteFlags, ZeroFlags};
 
-use crate::builder::{Cluster, Kind, build};
 use crate::images::{CHANGES, change, open, options};
+use crate::support::builder::{Cluster, Kind, build};
 use crate::support::describe;
 use crate::support::dissect::{COMPRESSED, COPIED, Dissected, field};
 use crate::support::memory_disk::MemoryDisk;
@@ -18,18 +18,7 @@ const CLUSTERS: u64 = 80;
 const VICTIM: u64 = 5;
 
 fn kinds() -> Vec<Kind> {
-    let tiny = Kind {
-        version: 3,
-        cluster: 512,
-        extended_l2: false,
-        refcount_bits: 16,
-        size: 0,
-        backing: false,
-        snapshot: false,
-        crowded: false,
-        lazy: false,
-        autoclear: false,
-    };
+    let tiny = Kind { size: 0, ..Kind::PLAIN };
     let mut kinds = Vec::new();
     for cluster in [512, 4096, 64 << 10] {
         kinds.push(Kind { version: 2, cluster, ..tiny });

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use qcow2rs::{
-    CreateOptions, ErrorKind, Format, Image, OpenOptions, Policy, Reference, Resolver, Source,
-    WriteFlags, ZeroFlags,
+    CreateOptions, ErrorKind, Image, OpenOptions, Policy, Source, WriteFlags, ZeroFlags,
 };
 
 use crate::support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, field};
@@ -300,19 +299,6 @@ fn an_error_in_the_middle_of_a_read_is_not_a_short_read() {
     assert_eq!(error.errno(), libc::ENOLINK);
 }
 
-/// The image below, for one that is in memory.
-struct Below(MemoryDisk);
-
-impl Resolver for Below {
-    fn resolve(
-        &self,
-        _: &Reference,
-        format: Option<Format>,
-    ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
-        Ok((self.0.source(), format))
-    }
-}
-
 #[test]
 fn a_write_to_what_is_allocated_reads_nothing_and_copies_nothing() {
     // Another driver read a whole cluster of the backing file for each such write.
@@ -323,7 +309,7 @@ fn a_write_to_what_is_allocated_reads_nothing_and_copies_nothing() {
         let path = made(&scratch, &options, 1 << 20, &["write -P 1 0 128k"]);
         let disk = MemoryDisk::new(&std::fs::read(&path).unwrap());
         let below = MemoryDisk::new(&vec![5; 1 << 20]);
-        let policy = Policy::Resolve(Arc::new(Below(below.clone())));
+        let policy = Policy::Resolve(Arc::new(below.clone()));
         let options = OpenOptions::new().writable(true).policy(policy);
         let image = Image::open(disk.source(), &options).unwrap();
         write(&image, 0, &[2; 10]);

@@ -6,7 +6,7 @@ use qcow2rs::{Image, OpenOptions, WriteFlags, ZeroFlags};
 
 use crate::support::dissect::Dissected;
 use crate::support::memory_disk::{MemoryDisk, Request};
-use crate::support::{Rng, Scratch, describe, for_seeds, qemu_create, refcounts};
+use crate::support::{Rng, Scratch, describe, for_seeds, qemu_create, refcounts, smallest_caches};
 
 /// A small image with many tables, and caches that hold next to nothing.
 fn tiny(extended: bool) -> (Vec<u8>, OpenOptions) {
@@ -15,10 +15,7 @@ fn tiny(extended: bool) -> (Vec<u8>, OpenOptions) {
     let options = if extended { "cluster_size=16k,extended_l2=on" } else { "cluster_size=512" };
     qemu_create(&path, options, 256 << 10);
     let mut options = OpenOptions::new().writable(true);
-    for name in ["l2-cache-size", "refcount-cache-size"] {
-        options.set(name, "1k").unwrap();
-    }
-    options.set("l2-cache-entry-size", "512").unwrap();
+    smallest_caches(&mut options);
     (std::fs::read(&path).unwrap(), options)
 }
 

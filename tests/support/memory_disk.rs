@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use qcow2rs::Source;
 use qcow2rs::io::callbacks::{Abilities, Callbacks, UserIo, UserResult};
 use qcow2rs::io::sim::{GuestMut, GuestRef};
+use qcow2rs::{Format, Reference, Resolver, Source};
 
 const ENOSPC: i32 = 28;
 /// Few tests need more, and a write behind it is a mistake.
@@ -109,6 +109,17 @@ impl MemoryDisk {
 
     pub fn writes(&self) -> u64 {
         self.0.writes.load(Relaxed)
+    }
+}
+
+/// It is what every name stands for, as a raw image.
+impl Resolver for MemoryDisk {
+    fn resolve(
+        &self,
+        _: &Reference,
+        _: Option<Format>,
+    ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
+        Ok((self.source(), Some(Format::Raw)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What several tests need: a scratch directory, seeded random numbers, QEMU.
 #![allow(dead_code)] // Each test uses its part of it.
 
+pub mod builder;
 pub mod damage;
 pub mod dissect;
 pub mod memory_disk;
@@ -160,16 +161,20 @@ pub fn open_rw(image: &Path) -> Image {
     Image::open(Source::path(image), &options).unwrap()
 }
 
-/// As `open_rw`, half of the time with caches of two slices each: everything is
-/// evicted all the time.
+/// Caches of two slices each: everything is evicted all the time.
+pub fn smallest_caches(options: &mut OpenOptions) {
+    for name in ["l2-cache-size", "refcount-cache-size"] {
+        options.set(name, "1k").unwrap();
+    }
+    options.set("l2-cache-entry-size", "512").unwrap();
+}
+
+/// As `open_rw`, half of the time with the smallest caches.
 pub fn open_somehow(image: &Path, rng: &mut Rng) -> Image {
     let mut options = OpenOptions::new().policy(Policy::Paths).writable(true);
     options.no_flush = true;
     if rng.below(2) == 0 {
-        for name in ["l2-cache-size", "refcount-cache-size"] {
-            options.set(name, "1k").unwrap();
-        }
-        options.set("l2-cache-entry-size", "512").unwrap();
+        smallest_caches(&mut options);
     }
     Image::open(Source::path(image), &options).unwrap()
 }

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use qcow2rs::Result;
 
-use super::super::builder::Kind;
 use super::super::oracle::SECTOR;
 use super::super::schedules::scene::Scene;
+use super::super::support::builder::Kind;
 
 /// What can be done. What the driver learns to do later (resizing, snapshots,
 /// compressed writes, commit) comes in here and into `perform`.

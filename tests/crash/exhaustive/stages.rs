@@ -5,12 +5,12 @@
 
 use qcow2rs::io::sim::{AtStake, FileOptions, Rng, SimDisk};
 
-use super::super::builder::{Cluster, Kind, build};
 use super::super::layout::{Header, read_guest};
 use super::super::oracle::{Oracle, SECTOR, Word, fill, word};
 use super::super::random::SMALL;
 use super::super::scenario::Config;
 use super::super::schedules::scene::Scene;
+use super::super::support::builder::{Cluster, Kind, build};
 use super::operations::entries_per_slice;
 
 /// Marks the words that the image holds at first, and those of the backing file.

@@ -3,9 +3,9 @@
 
 use qcow2rs::io::sim::{Task, give_up_after};
 
-use super::super::builder::Kind;
 use super::super::random::config;
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
 

@@ -4,10 +4,10 @@
 use qcow2rs::io::sim::{Crash, Fault, OpKind, Pattern, Stage, Task};
 use qcow2rs::{ErrorKind, Result};
 
-use super::super::builder::Kind;
+use super::super::images_taken::crash_image;
 use super::super::layout::Header;
 use super::super::random::config;
-use super::super::tally::crash_image;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
 

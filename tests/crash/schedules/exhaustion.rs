@@ -6,9 +6,9 @@ use std::ops::{ControlFlow, Range};
 use qcow2rs::io::sim::{Fault, OpKind, Outcome, Pattern, Task};
 use qcow2rs::{ErrorKind, Result};
 
-use super::super::builder::Kind;
 use super::super::random::config;
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, play, play_some, tiny};
 

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::super::builder::Kind;
 use super::super::imagecheck;
 use super::super::layout::Header;
 use super::super::random::config;
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::super::support::for_seeds;
 use super::scene::{Before, Scene};
 use super::{extended, tiny};

@@ -5,11 +5,11 @@ use std::ops::ControlFlow;
 
 use qcow2rs::io::sim::{Crash, FileOptions, Outcome, Rng, SimDisk, SimEngine, Task};
 
-use super::super::builder::{Cluster, Kind, build};
 use super::super::imagecheck;
 use super::super::layout::{DIRTY, Header, read_guest};
 use super::super::random::config;
 use super::super::scenario::{Config, open};
+use super::super::support::builder::{Cluster, Kind, build};
 use super::scene::{Before, Scene};
 use super::{extended, play, tiny};
 

@@ -17,15 +17,15 @@ mod syncs;
 mod tables;
 mod zeroes;
 
-use super::builder::Kind;
+use super::images_taken::ImagesTaken;
 use super::random::{SMALL, config};
 use super::scenario::Config;
+use super::support::builder::Kind;
 use super::support::for_seeds;
-use super::tally::Tally;
 
 /// Plays a schedule with so many seeds.
 fn play_some(seeds: u64, test: impl Fn(u64)) {
-    let _tally = Tally;
+    let _images = ImagesTaken;
     for_seeds("crash", seeds, test);
 }
 

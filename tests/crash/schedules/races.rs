@@ -2,10 +2,10 @@
 
 use qcow2rs::io::sim::{Hold, OpKind, Pattern, Stage, Task};
 
-use super::super::builder::Kind;
 use super::super::layout::Kind as EntryKind;
 use super::super::random::config;
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
 

@@ -7,9 +7,9 @@ use std::task::Poll;
 
 use qcow2rs::io::sim::Task;
 
-use super::super::builder::Kind;
 use super::super::random::{SMALL, config};
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, play, tiny};
 

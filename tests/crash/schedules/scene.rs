@@ -12,11 +12,11 @@ use qcow2rs::io::sim::{
 };
 use qcow2rs::{Result, ZeroFlags};
 
-use super::super::builder::{Cluster, build};
 use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
 use super::super::scenario::{Config, Failure, Scenario, open};
 use super::super::snapshot::keep_snapshot;
+use super::super::support::builder::{Cluster, build};
 use super::super::{imagecheck, inspect};
 
 /// Marks the words that the image holds at first, and those of the backing file.

@@ -2,9 +2,9 @@
 
 use qcow2rs::Result;
 
-use super::super::builder::Kind;
 use super::super::random::config;
 use super::super::scenario::Config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, play, tiny};
 

@@ -3,9 +3,9 @@
 
 use qcow2rs::io::sim::{OpKind, Pattern, Stage, Task};
 
-use super::super::builder::Kind;
 use super::super::layout::Header;
 use super::super::random::config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{over_backing, play, tiny};
 

@@ -4,8 +4,8 @@
 use qcow2rs::io::engine::Target;
 use qcow2rs::io::sim::{GuestMut, SimEngine};
 
-use super::super::builder::Kind;
 use super::super::random::config;
+use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{over_backing, play};
 

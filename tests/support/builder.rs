@@ -40,6 +40,20 @@ pub enum Cluster {
 }
 
 impl Kind {
+    /// To derive others from: version 3, clusters of a sector, and nothing special.
+    pub const PLAIN: Kind = Kind {
+        version: 3,
+        cluster: 512,
+        extended_l2: false,
+        refcount_bits: 16,
+        size: 64 << 10,
+        backing: false,
+        snapshot: false,
+        crowded: false,
+        lazy: false,
+        autoclear: false,
+    };
+
     pub fn l2_entry(&self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
     }

@@ -15,9 +15,9 @@ pub fn crash_image(disk: &SimDisk, crash: Crash, seed: u64) -> SimDisk {
 }
 
 /// Says, if the test that holds it fails, how many crash images it took.
-pub struct Tally;
+pub struct ImagesTaken;
 
-impl Drop for Tally {
+impl Drop for ImagesTaken {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("crash images: {}", CRASH_IMAGES.get());
