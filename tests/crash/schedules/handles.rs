@@ -4,11 +4,35 @@
 use qcow2rs::image::Disk;
 use qcow2rs::io::engine::Piece;
 use qcow2rs::io::sim::{
-    Crash, Fault, FileOptions, GuestRef, OpKind, Pattern, SimDisk, SimEngine, Task,
+    Crash, Fault, FileOptions, GuestRef, OpKind, Pattern, Rng, SimDisk, SimEngine, Task,
 };
 use qcow2rs::{Format, OpenOptions, Source};
 
-use super::play;
+use super::scene::{Before, Scene};
+use super::{extended, play, tiny};
+
+#[test]
+fn the_first_flush_makes_durable_what_a_handle_before_has_written() {
+    play(|seed| {
+        for config in [tiny(), extended()] {
+            let scene = Scene::new(&config, seed, |_| Before::Stored);
+            scene.play(scene.write(0..4)).unwrap();
+            // Given up without a flush, as by a process that is killed: what was
+            // written in place is there to be read, but not durable.
+            let Scene { disk, oracle, image, .. } = scene;
+            drop(image);
+            let scene = Scene::on(&config, seed, disk, oracle.into_inner(), Rng::new(seed));
+            scene.play(async {
+                scene.read(0..4).await.unwrap();
+                scene.flush().await.unwrap();
+            });
+            for _ in 0..10 {
+                scene.crash_quick();
+            }
+            scene.close();
+        }
+    });
+}
 
 #[test]
 fn no_flush_of_a_raw_image_succeeds_beside_or_after_one_that_failed() {
