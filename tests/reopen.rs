@@ -181,12 +181,13 @@ fn opening_and_closing_writes_nothing() {
     image.flush().unwrap();
     let stats = image.stats();
     image.close().unwrap();
-    assert_eq!((stats.storage_writes, stats.storage_syncs), (0, 0));
+    // (Who wrote before may have left something to sync.)
+    assert_eq!((stats.storage_writes, stats.storage_syncs), (0, 1));
     assert!(std::fs::read(&top).unwrap() == before);
 }
 
 #[test]
-fn flushes_cost_one_sync_in_place_and_two_after_allocation() {
+fn flushes_cost_one_sync_in_place_and_two_over_a_backing_file() {
     let scratch = Scratch::new();
     let image = overlay(&scratch);
     let syncs_of = |work: &dyn Fn()| {
@@ -200,7 +201,7 @@ fn flushes_cost_one_sync_in_place_and_two_after_allocation() {
     assert_eq!(syncs_of(&|| write(8192)), 2, "another subcluster");
     assert_eq!(syncs_of(&|| write(8192)), 1, "in place");
     assert_eq!(syncs_of(&|| {}), 0, "nothing");
-    assert_eq!(syncs_of(&|| image.discard(0, 4096).unwrap()), 2, "a discard");
+    assert_eq!(syncs_of(&|| image.discard(0, 4096).unwrap()), 1, "a discard");
     image.close().unwrap();
 }
 

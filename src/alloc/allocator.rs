@@ -35,8 +35,6 @@ pub struct Allocator {
     pub(super) state: Mutex<State>,
     /// Held by whoever looks for the next run.
     refilling: AsyncMutex<()>,
-    /// Held during a sync.
-    syncing: AsyncMutex<()>,
     /// The refcounts.
     pub refcounts: Refcounts,
     /// Freed clusters that may not be used yet.
@@ -175,7 +173,6 @@ impl Allocator {
                 abandoned: Vec::new(),
             }),
             refilling: AsyncMutex::new(()),
-            syncing: AsyncMutex::new(()),
             order_needed: AtomicBool::new(false),
             refcounts,
             limbo: Limbo::default(),
@@ -484,14 +481,9 @@ impl Allocator {
         self.order_needed.swap(false, Ordering::SeqCst)
     }
 
-    /// Syncs; a failure is for good. One at a time: the system tells of a failure
-    /// once, and a sync beside or after that one would succeed though what it should
-    /// have made durable is lost.
+    /// Syncs; a failure is for good.
     pub async fn barrier<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
-        let _one_at_a_time = self.syncing.lock().await;
-        mutant!(SyncsSideBySide => drop(_one_at_a_time));
-        self.health.check_syncs()?;
-        storage.sync(engine).await.map_err(|error| self.health.sync_failed(error))
+        self.health.sync(engine, storage).await
     }
 
     /// Lowers the refcounts of what has left limbo; the clusters are free then.

@@ -1,17 +1,42 @@
-//! What has gone wrong for good with an image that is open for writing.
+//! What has gone wrong for good with an image that is open for writing; and syncs,
+//! whose failures are of that kind.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::engine::Engine;
+use crate::io::storage::Storage;
+use crate::io::wait::AsyncMutex;
 
 /// Sticky failures; only opening the image again clears them.
-#[derive(Default)]
 pub struct Health {
     corrupt: AtomicBool,
     sync_failed: AtomicBool,
+    /// Held during a sync.
+    syncing: AsyncMutex<()>,
+}
+
+impl Default for Health {
+    fn default() -> Health {
+        Health {
+            corrupt: AtomicBool::new(false),
+            sync_failed: AtomicBool::new(false),
+            syncing: AsyncMutex::new(()),
+        }
+    }
 }
 
 impl Health {
+    /// Syncs; a failure is for good. One at a time: the system tells of a failure
+    /// once, and a sync beside or after that one would succeed though what it should
+    /// have made durable is lost.
+    pub async fn sync<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        let _one_at_a_time = self.syncing.lock().await;
+        mutant!(SyncsSideBySide => drop(_one_at_a_time));
+        self.check_syncs()?;
+        storage.sync(engine).await.map_err(|error| self.sync_failed(error))
+    }
+
     /// Whether writing is still allowed.
     #[inline]
     pub fn check(&self) -> Result<()> {
@@ -27,7 +52,7 @@ impl Health {
     }
 
     /// Whether it is known what is durable.
-    pub fn check_syncs(&self) -> Result<()> {
+    fn check_syncs(&self) -> Result<()> {
         if self.sync_failed.load(SeqCst) {
             return Err(Error::new(
                 ErrorKind::FlushFailed,
@@ -38,7 +63,7 @@ impl Health {
     }
 
     /// Remembers that a sync failed, and makes the error say so.
-    pub fn sync_failed(&self, error: Error) -> Error {
+    fn sync_failed(&self, error: Error) -> Error {
         self.sync_failed.store(!mutant!(SyncFailureForgotten), SeqCst);
         error.wrap_as(ErrorKind::FlushFailed, "sync failed, no more writes until reopened")
     }

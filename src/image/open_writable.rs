@@ -2,7 +2,7 @@
 //! was not closed cleanly, its metadata known, its refcounts at hand.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::feature_bits::{FeatureBits, write_incompatible, write_word};
 use super::open::{Budget, refcount_cache, reftable_bytes};
@@ -82,7 +82,8 @@ async fn open_for_writing<E: Engine>(
         flushing: crate::io::wait::AsyncMutex::new(()),
         flushes_begun: AtomicU64::new(0),
         flushes_done: AtomicU64::new(0),
-        needs_sync: Default::default(),
+        // Whoever wrote before us may have been killed before it could sync.
+        needs_sync: AtomicBool::new(true),
         features: FeatureBits::new(header.incompatible),
         lazy: options.lazy_refcounts.unwrap_or(header.version >= 3 && header.lazy_refcounts()),
         punch: options.discard,

@@ -55,7 +55,8 @@ pub struct Writing {
     pub flushes_begun: AtomicU64,
     /// The number of the last flush that completed.
     pub flushes_done: AtomicU64,
-    /// Something was written that no sync has covered yet.
+    /// Something was written, maybe before the image was opened, that no sync has
+    /// covered yet.
     pub needs_sync: AtomicBool,
     /// The header's feature bits that change.
     pub features: FeatureBits,

@@ -111,9 +111,7 @@ impl Disk {
                 }
             }
             Some(Layer::Raw(raw)) if raw.storage.access().writable => {
-                raw.health.check()?;
-                let synced = raw.storage.sync(engine).await;
-                synced.map_err(|error| raw.health.sync_failed(error))
+                raw.health.sync(engine, &raw.storage).await
             }
             // Nothing can have been written.
             _ => Ok(()),

@@ -10,6 +10,7 @@ mod cancel;
 mod durability;
 mod exhaustion;
 mod growth;
+mod handles;
 mod lazy;
 mod races;
 mod reuse;
