@@ -90,6 +90,20 @@ impl Disk {
         Ok(true)
     }
 
+    /// Whether it is known without I/O that a range reads as zero now. What is wrong
+    /// below is found by who reads it.
+    pub(super) fn is_known_zero(&self, range: Range<u64>) -> bool {
+        let end = range.end.min(self.size());
+        let mut at = range.start;
+        while at < end {
+            match self.try_locate(0, GuestOffset(at), end - at) {
+                Ok(Ok(part)) if part.is_zero() => at += part.run.len,
+                _ => return false,
+            }
+        }
+        true
+    }
+
     /// What a reader sees in a range now; zeroes past the end of the disk.
     async fn old_bytes<'a, E: Engine>(
         &self,
