@@ -10,6 +10,7 @@ use super::counts::{Block, Blocks};
 use super::tables::{Entry, L2Uses};
 use super::{Check, Finding, Observer};
 use crate::error::{Error, Result};
+use crate::fallible;
 use crate::format::header::Header;
 use crate::format::l2::COPIED;
 use crate::format::limits::{MAX_HOST_OFFSET, OFFSET_MASK};
@@ -148,7 +149,7 @@ impl<E: Engine> Check<'_, E> {
     async fn write_block(&mut self, index: u64, blocks: &Blocks) -> Result<()> {
         let size = self.geometry.cluster_size();
         let Block::At(offset) = blocks.block(index, size) else { return Ok(()) };
-        let mut bytes = vec![0; size as usize];
+        let mut bytes = fallible::filled(size as usize, 0u8)?;
         let first = index * blocks.per_block();
         let mut from = first;
         while let Some((cluster, count)) = self.references.next(from, first + blocks.per_block()) {
@@ -171,9 +172,10 @@ impl<E: Engine> Check<'_, E> {
                 0 => *entry,
                 table => self.flagged(*entry, table),
             };
-            let new: Vec<u64> = old.iter().map(flagged).collect();
+            let new = fallible::collect(old.len(), old.iter().map(flagged))?;
             if new != old {
-                let bytes: Vec<u8> = new.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+                let bytes = new.iter().flat_map(|entry| entry.to_be_bytes());
+                let bytes = fallible::collect(new.len() * 8, bytes)?;
                 self.write(&bytes, at).await?;
             }
         }
@@ -186,11 +188,12 @@ impl<E: Engine> Check<'_, E> {
             true => entry.with_descriptor(self.flagged(entry.descriptor(), entry.offset())),
             false => *entry,
         };
-        let new: Vec<Entry> = old.iter().map(flagged).collect();
+        let new = fallible::collect(old.len(), old.iter().map(flagged))?;
         if new == old {
             return Ok(());
         }
-        let bytes: Vec<u8> = new.iter().flat_map(|entry| entry.bytes()).collect();
+        let size = self.geometry.cluster_size() as usize;
+        let bytes = fallible::collect(size, new.iter().flat_map(|entry| entry.bytes()))?;
         self.write(&bytes, table).await
     }
 
