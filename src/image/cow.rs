@@ -15,13 +15,27 @@ use crate::format::l2::Cluster;
 use crate::format::subcluster::{self, Subcluster};
 use crate::geometry::{GuestOffset, HostOffset};
 use crate::io::engine::{Engine, Piece, Target};
-use crate::sys::memory::Block;
+use crate::sys::memory::{Block, BlockSlice};
 
 /// What is written around the data of a part.
 pub(super) struct Edges<'a> {
     pub head: Option<Piece<'a>>,
     pub tail: Option<Piece<'a>>,
 }
+
+/// What becomes of a range beside the data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Edge {
+    /// Nothing.
+    Left,
+    /// It is zero.
+    Zero,
+    /// Old bytes are copied there.
+    Copied,
+}
+
+/// One read for both edges costs less than two, even if it reads this much more.
+const READ_ACROSS: usize = 16 << 10;
 
 impl Edges<'_> {
     /// Length of the whole write.
@@ -43,36 +57,60 @@ impl Disk {
         part: &Part<'_>,
         fresh: bool,
     ) -> Result<Edges<'a>> {
-        let geometry = part.image.geometry();
-        let sub = geometry.subcluster_size();
+        let sub = part.image.geometry().subcluster_size();
         let head = part.offset.0 & !(sub - 1)..part.offset.0;
         let tail = part.end()..part.end().div_ceil(sub) * sub;
+        let head_is = self.edge(engine, part, head.clone()).await?;
+        let tail_is = self.edge(engine, part, tail.clone()).await?;
+        if (head_is, tail_is) == (Edge::Copied, Edge::Copied) && part.data.len() <= READ_ACROSS {
+            let (len, behind) =
+                ((tail.end - head.start) as usize, (tail.start - head.start) as usize);
+            let block = self.read_old(engine, head.start..tail.end).await?;
+            self.note_copied(part, head.clone());
+            self.note_copied(part, tail.clone());
+            return Ok(Edges {
+                head: Some(Piece::Block(block.sub(0, (head.end - head.start) as usize))),
+                tail: Some(Piece::Block(block.sub(behind, len - behind))),
+            });
+        }
         Ok(Edges {
-            head: self.edge(engine, part, head, fresh).await?,
-            tail: self.edge(engine, part, tail, fresh).await?,
+            head: self.piece(engine, part, head_is, head, fresh).await?,
+            tail: self.piece(engine, part, tail_is, tail, fresh).await?,
         })
     }
 
-    async fn edge<'a, E: Engine>(
+    /// What is to be done about a range beside the data.
+    async fn edge<E: Engine>(
         &self,
         engine: &E,
         part: &Part<'_>,
         range: Range<u64>,
-        fresh: bool,
-    ) -> Result<Option<Piece<'a>>> {
+    ) -> Result<Edge> {
         if range.is_empty() || mutant!(EdgesNotCopied) {
-            return Ok(None);
+            return Ok(Edge::Left);
         }
         // A subcluster that is stored already keeps its own rest.
         let stored = part.image.find(engine, GuestOffset(range.start), 1).await?;
         if stored.kind == Subcluster::Normal && stored.copied {
-            return Ok(None);
+            return Ok(Edge::Left);
         }
-        let len = (range.end - range.start) as usize;
-        if self.is_zero(engine, range.clone()).await? {
-            return Ok((!fresh).then_some(Piece::Zeroes(len)));
+        Ok(if self.is_zero(engine, range).await? { Edge::Zero } else { Edge::Copied })
+    }
+
+    async fn piece<'a, E: Engine>(
+        &self,
+        engine: &E,
+        part: &Part<'_>,
+        edge: Edge,
+        range: Range<u64>,
+        fresh: bool,
+    ) -> Result<Option<Piece<'a>>> {
+        match edge {
+            Edge::Left => Ok(None),
+            Edge::Zero if fresh => Ok(None),
+            Edge::Zero => Ok(Some(Piece::Zeroes((range.end - range.start) as usize))),
+            Edge::Copied => Ok(Some(Piece::Block(self.old_bytes(engine, part, range).await?))),
         }
-        self.old_bytes(engine, part, range).await.map(Some)
     }
 
     /// Whether a range reads as zero, as far as the mapping tells. What lies past
@@ -104,20 +142,35 @@ impl Disk {
         true
     }
 
-    /// What a reader sees in a range now; zeroes past the end of the disk.
-    async fn old_bytes<'a, E: Engine>(
+    /// What a reader sees in a range now, to be copied.
+    async fn old_bytes<E: Engine>(
         &self,
         engine: &E,
         part: &Part<'_>,
         range: Range<u64>,
-    ) -> Result<Piece<'a>> {
+    ) -> Result<BlockSlice> {
+        let bytes = self.read_old(engine, range.clone()).await?;
+        self.note_copied(part, range);
+        Ok(bytes)
+    }
+
+    /// What a reader sees in a range now; zeroes past the end of the disk.
+    async fn read_old<E: Engine>(&self, engine: &E, range: Range<u64>) -> Result<BlockSlice> {
         let len = (range.end - range.start) as usize;
         let block = Block::zeroed(len)?;
-        let on_disk = range.end.min(self.size()).saturating_sub(range.start);
-        let target = Target::Block(block.slice(0, on_disk as usize));
+        let on_disk = self.on_disk(&range) as usize;
+        let target = Target::Block(block.slice(0, on_disk));
         self.read_from(engine, 0, target, GuestOffset(range.start)).await?;
-        part.writing.cow_bytes.fetch_add(on_disk, Ordering::Relaxed);
-        Ok(Piece::Block(block.slice(0, len)))
+        Ok(block.slice(0, len))
+    }
+
+    fn note_copied(&self, part: &Part<'_>, range: Range<u64>) {
+        part.writing.cow_bytes.fetch_add(self.on_disk(&range), Ordering::Relaxed);
+    }
+
+    /// Bytes of a range that lie on the disk.
+    fn on_disk(&self, range: &Range<u64>) -> u64 {
+        range.end.min(self.size()).saturating_sub(range.start)
     }
 
     /// Writes to a cluster whose host cluster is shared or whose data is
@@ -180,14 +233,14 @@ impl Disk {
         let data = part.offset.0.clamp(run.start, run.end)..part.end().clamp(run.start, run.end);
         let mut pieces = Vec::with_capacity(3);
         if run.start < data.start {
-            pieces.push(self.old_bytes(engine, part, run.start..data.start).await?);
+            pieces.push(Piece::Block(self.old_bytes(engine, part, run.start..data.start).await?));
         }
         if !data.is_empty() {
             let at = (data.start - part.offset.0) as usize;
             pieces.push(part.data.sub(at, (data.end - data.start) as usize));
         }
         if data.end < run.end {
-            pieces.push(self.old_bytes(engine, part, data.end..run.end).await?);
+            pieces.push(Piece::Block(self.old_bytes(engine, part, data.end..run.end).await?));
         }
         let at = host.get() + (run.start - base);
         part.writing.allocator.check_data(at, run.end - run.start)?;

@@ -325,6 +325,30 @@ fn a_write_to_what_is_allocated_reads_nothing_and_copies_nothing() {
 }
 
 #[test]
+fn what_surrounds_a_small_write_is_read_at_once_and_counted_without_it() {
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("base"), vec![5; 1 << 20]).unwrap();
+    let path = made(&scratch, "backing_file=base,backing_fmt=raw", 1 << 20, &[]);
+    let disk = MemoryDisk::new(&std::fs::read(&path).unwrap());
+    let below = MemoryDisk::new(&vec![5; 1 << 20]);
+    let options =
+        OpenOptions::new().writable(true).policy(Policy::Resolve(Arc::new(below.clone())));
+    let image = Image::open(disk.source(), &options).unwrap();
+    // A short one, and one that would have much read in vain.
+    for (at, len, reads) in [(20_000, 4096, 1), (65_536 + 1000, 50_000, 2)] {
+        let before = (below.reads(), image.stats().cow_bytes);
+        write(&image, at, &vec![2; len]);
+        let copied = 65_536 - len as u64;
+        assert_eq!((below.reads() - before.0, image.stats().cow_bytes - before.1), (reads, copied));
+        let mut bytes = vec![0; 65_536];
+        image.read_at(&mut bytes, at / 65_536 * 65_536).unwrap();
+        let start = (at % 65_536) as usize;
+        assert!(bytes[start..start + len].iter().all(|byte| *byte == 2));
+        assert_eq!(bytes.iter().filter(|byte| **byte == 5).count() as u64, copied);
+    }
+}
+
+#[test]
 fn small_reads_of_a_compressed_cluster_read_it_once() {
     let scratch = Scratch::new();
     let path = made(&scratch, "", 128 << 10, &["write -c -P 1 0 64k", "write -c -P 2 64k 64k"]);
