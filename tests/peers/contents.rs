@@ -336,10 +336,13 @@ fn what_surrounds_a_small_write_is_read_at_once_and_counted_without_it() {
     let image = Image::open(disk.source(), &options).unwrap();
     // A short one, and one that would have much read in vain.
     for (at, len, reads) in [(20_000, 4096, 1), (65_536 + 1000, 50_000, 2)] {
-        let before = (below.reads(), image.stats().cow_bytes);
+        let before = (below.reads().0, image.stats().cow_bytes);
         write(&image, at, &vec![2; len]);
         let copied = 65_536 - len as u64;
-        assert_eq!((below.reads() - before.0, image.stats().cow_bytes - before.1), (reads, copied));
+        assert_eq!(
+            (below.reads().0 - before.0, image.stats().cow_bytes - before.1),
+            (reads, copied)
+        );
         let mut bytes = vec![0; 65_536];
         image.read_at(&mut bytes, at / 65_536 * 65_536).unwrap();
         let start = (at % 65_536) as usize;
