@@ -2,8 +2,10 @@
 //! requests are in flight, how to bring those to an end, and whether a blocking call
 //! waits for one that only its own thread could carry on.
 
+use std::future::Future;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError, Weak};
 use std::time::Duration;
@@ -27,10 +29,14 @@ pub trait Attached: Send + Sync {
     /// Readable when they can be carried on again; valid as long as the queue.
     fn poll_fd(&self) -> RawFd;
     /// Waits for all of its requests; `Busy` if another thread is at it.
-    fn finish(&self) -> Result<()>;
+    fn finish(&self) -> Finishing<'_>;
     /// Ends all of its requests without carrying them on; `Busy` as for `finish`.
     fn give_up(&self) -> Result<()>;
 }
+
+/// The end of all requests of a queue; complete at the first poll where waiting
+/// blocks the thread.
+pub type Finishing<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
 /// The queues of an image, and the blocking calls that wait.
 #[derive(Default)]
@@ -68,8 +74,11 @@ impl Queues {
     }
 
     /// Waits for all requests.
-    pub fn finish(&self) -> Result<()> {
-        self.all().iter().try_for_each(|queue| queue.finish())
+    pub async fn finish(&self) -> Result<()> {
+        for queue in self.all() {
+            queue.finish().await?;
+        }
+        Ok(())
     }
 
     /// Ends all requests.

@@ -178,10 +178,15 @@ impl Image {
     /// any other result the image is closed, and all calls but drop are errors, as
     /// are requests of its queues.
     pub fn close(&self) -> Result<()> {
+        block_on(self.close_by(&Blocking))
+    }
+
+    /// As `close`, by this engine.
+    async fn close_by<E: Engine>(&self, engine: &E) -> Result<()> {
         let mut all = self.doors()?;
-        self.queues.finish()?;
+        self.queues.finish().await?;
         let disk = self.disk()?;
-        let settled = block_on(disk.settle(&Blocking));
+        let settled = disk.settle(engine).await;
         all.replace(None);
         settled
     }

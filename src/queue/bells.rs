@@ -1,34 +1,33 @@
 //! The descriptors that tell of work: the bell, which ends a wait, and the completion
 //! descriptor, which the program watches.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
+use super::engine::Event;
 use super::ready::Bell;
-use crate::sys::event;
 
 /// Both of them.
-pub struct Bells {
+pub struct Bells<D> {
     /// Shared with the ring that watches it.
-    bell: Arc<OwnedFd>,
-    signal: Option<OwnedFd>,
+    bell: Arc<D>,
+    signal: Option<D>,
     signal_enabled: AtomicBool,
     /// It was made readable here, and not cleared since.
     signalled: AtomicBool,
 }
 
-impl Bell for Bells {
+impl<D: Event> Bell for Bells<D> {
     fn ring(&self) {
-        event::signal(&self.bell);
+        self.bell.signal();
         self.signal();
     }
 }
 
-impl Bells {
+impl<D: Event> Bells<D> {
     /// Neither of them tells of anything. `signal`: the completion descriptor, if
     /// there is to be one.
-    pub fn new(bell: Arc<OwnedFd>, signal: Option<OwnedFd>) -> Bells {
+    pub fn new(bell: Arc<D>, signal: Option<D>) -> Bells<D> {
         Bells {
             bell,
             signal_enabled: AtomicBool::new(signal.is_some()),
@@ -38,12 +37,12 @@ impl Bells {
     }
 
     /// The bell, for those who wait.
-    pub fn bell(&self) -> &OwnedFd {
+    pub fn bell(&self) -> &D {
         &self.bell
     }
 
     /// The completion descriptor, if there is one.
-    pub fn signal_fd(&self) -> Option<&OwnedFd> {
+    pub fn signal_fd(&self) -> Option<&D> {
         self.signal.as_ref()
     }
 
@@ -56,7 +55,7 @@ impl Bells {
     pub fn signal(&self) {
         let Some(fd) = &self.signal else { return };
         if self.signal_enabled.load(SeqCst) && !self.signalled.swap(true, SeqCst) {
-            event::signal(fd);
+            fd.signal();
         }
     }
 
@@ -65,7 +64,7 @@ impl Bells {
     pub fn clear_signal(&self, also: bool) {
         let Some(fd) = &self.signal else { return };
         if self.signalled.swap(false, SeqCst) | (also && self.signal_enabled.load(SeqCst)) {
-            event::clear(fd);
+            fd.clear();
         }
     }
 }

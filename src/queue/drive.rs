@@ -1,36 +1,38 @@
 //! Driving a queue: accepting, starting, carrying on, waiting.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use super::bells::Bells;
+use super::engine::{Event, QueueEngine};
 use super::options::{Engine, QueueOptions};
 use super::ready::Ready;
 use super::request::{Request, Work};
 use super::slots::{Completion, Slots};
 use super::{busy, full, poisoned};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::attached::{Attached, this_thread};
+use crate::image::attached::{Attached, Finishing};
 use crate::image::handle::Image;
 use crate::io::ring::RingEngine;
+use crate::io::wait::block_on;
 use crate::sys::event;
 use crate::sys::file::SysResult;
 
 /// A queue. The image knows it as [`Attached`].
-pub struct Inner {
+pub struct Inner<E: QueueEngine> {
     image: Arc<Image>,
-    pub(super) engine: Arc<RingEngine>,
-    pub(super) ready: Arc<Ready<Bells>>,
+    pub(super) engine: Arc<E>,
+    pub(super) ready: Arc<Ready<Bells<E::Event>>>,
     /// Whoever has it drives.
-    slots: Mutex<Slots>,
+    slots: Mutex<Slots<E>>,
     in_flight: AtomicU32,
     unfinished: AtomicU32,
     last_driver: AtomicU64,
     poisoned: AtomicBool,
     depth: usize,
-    itself: Weak<Inner>,
+    itself: Weak<Inner<E>>,
 }
 
 /// Why a ring is not to be had, rather than that something is exhausted.
@@ -57,8 +59,8 @@ fn engine(options: &QueueOptions, bell: &Arc<std::os::fd::OwnedFd>) -> Result<Ri
     }
 }
 
-impl Inner {
-    pub(super) fn new(image: &Arc<Image>, options: &QueueOptions) -> Result<Arc<Inner>> {
+impl Inner<RingEngine> {
+    pub(super) fn new(image: &Arc<Image>, options: &QueueOptions) -> Result<Arc<Self>> {
         let eventfd = |blocking| {
             event::eventfd(blocking).map_err(|errno| Error::os(errno, "making an eventfd"))
         };
@@ -73,20 +75,31 @@ impl Inner {
             let registered = engine.register_eventfd(std::os::fd::AsFd::as_fd(signal));
             registered.map_err(|errno| Error::os(errno, "setting up io_uring's eventfd"))?;
         }
-        let depth = options.depth() as usize;
+        Inner::with(image, engine, Bells::new(bell, signal), options.depth() as usize)
+    }
+}
+
+impl<E: QueueEngine> Inner<E> {
+    /// A queue of that many requests on the image.
+    pub(super) fn with(
+        image: &Arc<Image>,
+        engine: E,
+        bells: Bells<E::Event>,
+        depth: usize,
+    ) -> Result<Arc<Inner<E>>> {
         let inner = Arc::new_cyclic(|itself| Inner {
             image: image.clone(),
+            last_driver: AtomicU64::new(engine.this_thread()),
             engine: Arc::new(engine),
-            ready: Arc::new(Ready::new(depth, Bells::new(bell, signal))),
+            ready: Arc::new(Ready::new(depth, bells)),
             slots: Mutex::new(Slots::new(depth)),
             in_flight: AtomicU32::new(0),
             unfinished: AtomicU32::new(0),
-            last_driver: AtomicU64::new(this_thread()),
             poisoned: AtomicBool::new(false),
             depth,
             itself: itself.clone(),
         });
-        let attached: Weak<Inner> = Arc::downgrade(&inner);
+        let attached: Weak<Inner<E>> = Arc::downgrade(&inner);
         image.accept(|disk| {
             disk?;
             image.queues().attach(attached);
@@ -96,17 +109,17 @@ impl Inner {
     }
 
     /// The slots, for a call of the program's.
-    fn call(&self) -> MutexGuard<'_, Slots> {
-        self.last_driver.store(this_thread(), Release);
+    pub(super) fn call(&self) -> MutexGuard<'_, Slots<E>> {
+        self.last_driver.store(self.engine.this_thread(), Release);
         self.lock()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Slots> {
+    fn lock(&self) -> MutexGuard<'_, Slots<E>> {
         // Panics of requests are caught before they get here.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn try_lock(&self) -> Option<MutexGuard<'_, Slots>> {
+    fn try_lock(&self) -> Option<MutexGuard<'_, Slots<E>>> {
         match self.slots.try_lock() {
             Ok(slots) => Some(slots),
             Err(TryLockError::Poisoned(slots)) => Some(slots.into_inner()),
@@ -119,7 +132,7 @@ impl Inner {
     }
 
     /// For the image and other threads.
-    fn publish(&self, slots: &Slots) {
+    fn publish(&self, slots: &Slots<E>) {
         self.unfinished.store(slots.unfinished() as u32, Release);
         self.in_flight.store(slots.in_flight() as u32, Release);
     }
@@ -152,7 +165,7 @@ impl Inner {
 
     /// Carries everything on that can be, and submits. `reaping`: what the kernel
     /// has completed meanwhile, too.
-    fn drive(&self, slots: &mut Slots, reaping: bool) -> Result<()> {
+    fn drive(&self, slots: &mut Slots<E>, reaping: bool) -> Result<()> {
         self.ready.begin();
         loop {
             if reaping {
@@ -192,13 +205,13 @@ impl Inner {
     }
 
     /// Makes the completion descriptor readable if there are completions.
-    fn tell(&self, slots: &Slots) {
+    fn tell(&self, slots: &Slots<E>) {
         if slots.completed() > 0 {
             self.ready.bell().signal();
         }
     }
 
-    fn hand_out(&self, slots: &mut Slots, max: usize, mut out: impl FnMut(Completion)) -> usize {
+    fn hand_out(&self, slots: &mut Slots<E>, max: usize, mut out: impl FnMut(Completion)) -> usize {
         let count = slots.completed().min(max);
         for _ in 0..count {
             if let Some(completion) = slots.take() {
@@ -224,6 +237,18 @@ impl Inner {
         out: impl FnMut(Completion),
     ) -> Result<usize> {
         let mut slots = self.call();
+        block_on(self.wait_for(&mut slots, min, timeout))?;
+        Ok(self.hand_out(&mut slots, max, out))
+    }
+
+    /// Waits until there are `min` completions, the time is over, or somebody wants
+    /// the wait to end.
+    pub(super) async fn wait_for(
+        &self,
+        slots: &mut Slots<E>,
+        min: usize,
+        timeout: Option<Duration>,
+    ) -> Result<()> {
         if min > slots.in_flight() {
             let in_flight = slots.in_flight();
             let text = format!("{min} completions are waited for, {in_flight} are in flight");
@@ -232,7 +257,7 @@ impl Inner {
         // A time past all clocks is none.
         let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
-            self.drive(&mut slots, true)?;
+            self.drive(slots, true)?;
             if self.ready.take_wakeup() || slots.completed() >= min {
                 break;
             }
@@ -240,7 +265,7 @@ impl Inner {
             if left.is_some_and(|left| left.is_zero()) {
                 break;
             }
-            match self.block(&slots, left) {
+            match self.block(slots, left).await {
                 Ok(()) => {}
                 Err(libc::EINTR) if slots.completed() > 0 => break,
                 Err(libc::EINTR) => {
@@ -249,24 +274,24 @@ impl Inner {
                 Err(errno) => return Err(Error::os(errno, "waiting for completions")),
             }
         }
-        Ok(self.hand_out(&mut slots, max, out))
+        Ok(())
     }
 
     /// Blocks until something can be carried on, the time is over, or a signal came.
-    fn block(&self, slots: &Slots, left: Option<Duration>) -> SysResult<()> {
+    async fn block(&self, slots: &Slots<E>, left: Option<Duration>) -> SysResult<()> {
         // Requests without an operation of their own wait for somebody else's.
         if slots.unfinished() > self.engine.flying() {
-            let me = this_thread();
+            let me = self.engine.this_thread();
             let others = self.others(|other| other.last_driver() == me);
             if !others.is_empty() {
-                return self.block_with(&others, left);
+                return self.block_with(&others, left).await;
             }
         }
         if !self.engine.has_ring() {
-            return self.block_with(&[], left);
+            return self.block_with(&[], left).await;
         }
         let end = left.and_then(|left| Instant::now().checked_add(left));
-        match self.engine.wait(left) {
+        match self.engine.wait(left).await {
             Ok(()) if self.engine.has_completions() => Ok(()),
             // Submitting is told, then, rather than what ended the waiting.
             Ok(()) if end.is_some_and(|end| Instant::now() >= end) => Ok(()),
@@ -287,26 +312,33 @@ impl Inner {
     }
 
     /// Carries other queues on, and blocks until they or this one can be again.
-    fn block_with(&self, others: &[Arc<dyn Attached>], left: Option<Duration>) -> SysResult<()> {
+    async fn block_with(
+        &self,
+        others: &[Arc<dyn Attached>],
+        left: Option<Duration>,
+    ) -> SysResult<()> {
         others.iter().for_each(|other| other.carry_on());
         if !self.ready.is_empty() {
             return Ok(());
         }
         let fds: Vec<RawFd> =
             std::iter::once(self.poll_fd()).chain(others.iter().map(|o| o.poll_fd())).collect();
-        let readable = match event::wait_readable(&fds, left) {
+        let readable = match self.engine.wait_readable(&fds, left).await {
             // The kernel may interrupt a thread to complete what it submitted.
-            Err(libc::EINTR) if event::wait_readable(&fds, Some(Duration::ZERO))? => true,
+            Err(libc::EINTR) => {
+                let readable = self.engine.wait_readable(&fds, Some(Duration::ZERO)).await?;
+                if readable { true } else { return Err(libc::EINTR) }
+            }
             other => other?,
         };
         if readable && !self.engine.has_ring() {
-            event::clear(self.ready.bell().bell());
+            self.ready.bell().bell().clear();
         }
         Ok(())
     }
 
     /// Waits until nothing is unfinished, carrying on whatever may be in the way.
-    fn drain(&self, slots: &mut Slots) {
+    async fn drain(&self, slots: &mut Slots<E>) {
         loop {
             if self.drive(slots, true).is_err() {
                 // The kernel takes nothing more: what it has is seen to its end.
@@ -317,20 +349,28 @@ impl Inner {
             }
             let others = self.others(|_| true);
             // A signal is no reason to give up, nor is anything else.
-            let _ = self.block_with(&others, None);
+            let _ = self.block_with(&others, None).await;
+        }
+    }
+
+    /// Brings all requests to an end.
+    async fn end(&self, slots: &mut Slots<E>) {
+        if self.is_poisoned() {
+            slots.give_up_all(poisoned);
+        } else {
+            self.drain(slots).await;
         }
         self.publish(slots);
     }
 
     pub(super) fn destroy(&self) {
-        let mut slots = self.call();
-        if self.is_poisoned() {
-            slots.give_up_all(poisoned);
-        } else {
-            self.drain(&mut slots);
-        }
+        block_on(self.destroy_with(&mut self.call()));
+    }
+
+    pub(super) async fn destroy_with(&self, slots: &mut Slots<E>) {
+        self.end(slots).await;
         *slots = Slots::new(0);
-        self.publish(&slots);
+        self.publish(slots);
     }
 
     pub(super) fn enable_signal(&self, enabled: bool) -> Result<()> {
@@ -349,7 +389,7 @@ impl Inner {
     }
 }
 
-impl Attached for Inner {
+impl<E: QueueEngine> Attached for Inner<E> {
     fn in_flight(&self) -> u32 {
         self.in_flight.load(Acquire)
     }
@@ -370,19 +410,18 @@ impl Attached for Inner {
     }
 
     fn poll_fd(&self) -> RawFd {
-        self.engine.fd().unwrap_or_else(|| self.ready.bell().bell().as_raw_fd())
+        self.engine.fd().unwrap_or_else(|| self.ready.bell().bell().number())
     }
 
-    fn finish(&self) -> Result<()> {
-        let mut slots = self.try_lock().ok_or_else(busy)?;
-        if self.is_poisoned() {
-            slots.give_up_all(poisoned);
-        } else {
-            self.drain(&mut slots);
-        }
-        self.publish(&slots);
-        self.tell(&slots);
-        Ok(())
+    fn finish(&self) -> Finishing<'_> {
+        // Whoever comes meanwhile is to find it locked.
+        #[allow(clippy::await_holding_lock)]
+        Box::pin(async move {
+            let mut slots = self.try_lock().ok_or_else(busy)?;
+            self.end(&mut slots).await;
+            self.tell(&slots);
+            Ok(())
+        })
     }
 
     fn give_up(&self) -> Result<()> {

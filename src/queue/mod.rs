@@ -8,11 +8,13 @@
 //! share the one core: only the engine is another.
 //!
 //! `request` is what is asked for, `slots` all requests of a queue, `ready` who can
-//! go on, `bells` the descriptors that say so, `drive` the loop around them and the waiting; this file is what programs
+//! go on, `bells` the descriptors that say so, `drive` the loop around them and the
+//! waiting, `engine` what all of these need of an engine; this file is what programs
 //! hold.
 
 mod bells;
 mod drive;
+mod engine;
 mod options;
 mod ready;
 mod request;
@@ -25,6 +27,7 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::attached::poisoned;
 use crate::image::handle::{Image, WriteFlags, ZeroFlags};
+use crate::io::ring::RingEngine;
 use crate::sys::memory::{GuestMut, GuestRef};
 use drive::Inner;
 pub use options::{Engine, QueueOptions};
@@ -39,7 +42,7 @@ pub use slots::Completion;
 /// same clusters, or both flush) goes on when that one is over. Requests of a queue
 /// go on while somebody is inside `submit`, `reap` or `wait` of it; a `wait` that
 /// would wait for another queue that its own thread drove last carries that one on.
-pub struct Queue(Arc<Inner>);
+pub struct Queue(Arc<Inner<RingEngine>>);
 
 /// A request that was not accepted: there will be no completion.
 #[derive(Debug)]

@@ -9,8 +9,7 @@ use std::task::Poll;
 use crate::error::{Error, Result};
 use crate::image::disk::Disk;
 use crate::image::handle::{WriteFlags, ZeroFlags};
-use crate::io::engine::{Piece, Target};
-use crate::io::ring::RingEngine;
+use crate::io::engine::{Engine, Piece, Target};
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// Memory of a request that reads.
@@ -61,7 +60,7 @@ impl Request {
     /// The common case, without a future: a read of what is known and in memory, or by
     /// an engine that does everything at once. `None`: nothing was done.
     #[inline]
-    pub fn run_now(&self, engine: &RingEngine) -> Option<Result<()>> {
+    pub fn run_now<E: Engine>(&self, engine: &E) -> Option<Result<()>> {
         match (&self.work, &self.disk) {
             (Work::Read(Into::Guest(to), offset), Ok(disk)) => {
                 disk.read_now(engine, &Target::Guest(*to), *offset)
@@ -70,7 +69,7 @@ impl Request {
         }
     }
 
-    async fn run(self, engine: &RingEngine) -> Outcome {
+    async fn run<E: Engine>(self, engine: &E) -> Outcome {
         let disk = match self.disk {
             Ok(disk) => disk,
             Err(error) => return Outcome { result: Err(error), buffer: self.work.into_buffer() },
@@ -167,14 +166,14 @@ impl Exchange {
 }
 
 /// Carries out one request after the other: made once, for all that a slot serves.
-pub async fn serve(exchange: Arc<Exchange>, engine: Arc<RingEngine>) -> Infallible {
+pub async fn serve<E: Engine>(exchange: Arc<Exchange>, engine: Arc<E>) -> Infallible {
     loop {
         let request = poll_fn(|_| match exchange.take_request() {
             Some(request) => Poll::Ready(request),
             // Polled again when there is one.
             None => Poll::Pending,
         });
-        let outcome = request.await.run(&engine).await;
+        let outcome = request.await.run(&*engine).await;
         *exchange.content() = Content::Outcome(outcome);
     }
 }

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use super::bells::Bells;
+use super::engine::QueueEngine;
 use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::ring::RingEngine;
 
 /// How a request ended.
 #[derive(Debug)]
@@ -29,8 +29,8 @@ pub struct Completion {
 }
 
 /// All requests of a queue.
-pub struct Slots {
-    slots: Vec<Slot>,
+pub struct Slots<E: QueueEngine> {
+    slots: Vec<Slot<E>>,
     free: Vec<usize>,
     /// Those that wait to be started.
     accepted: VecDeque<usize>,
@@ -38,11 +38,11 @@ pub struct Slots {
     depth: usize,
 }
 
-struct Slot {
+struct Slot<E: QueueEngine> {
     /// Serves request after request; none after a panic.
     server: Option<Pin<Box<dyn Future<Output = Infallible> + Send>>>,
     exchange: Arc<Exchange>,
-    waker: Arc<SlotWaker<Bells>>,
+    waker: Arc<SlotWaker<Bells<E::Event>>>,
     std_waker: Waker,
     /// Of the request that it serves.
     user_data: Option<u64>,
@@ -50,9 +50,9 @@ struct Slot {
     request: Option<Request>,
 }
 
-impl Slots {
+impl<E: QueueEngine> Slots<E> {
     /// No requests.
-    pub fn new(depth: usize) -> Slots {
+    pub fn new(depth: usize) -> Slots<E> {
         Slots {
             slots: Vec::new(),
             free: Vec::new(),
@@ -88,7 +88,12 @@ impl Slots {
     }
 
     /// Accepts a request. The caller has seen that there is room.
-    pub fn accept(&mut self, ready: &Arc<Ready<Bells>>, request: Request, user_data: u64) {
+    pub fn accept(
+        &mut self,
+        ready: &Arc<Ready<Bells<E::Event>>>,
+        request: Request,
+        user_data: u64,
+    ) {
         let index = self.free.pop().unwrap_or_else(|| {
             let index = self.slots.len();
             let waker = SlotWaker::new(ready.clone(), index);
@@ -109,7 +114,7 @@ impl Slots {
     }
 
     /// Starts what was accepted; returns how many.
-    pub fn start(&mut self, engine: &Arc<RingEngine>) -> Result<usize> {
+    pub fn start(&mut self, engine: &Arc<E>) -> Result<usize> {
         let mut count = 0;
         while let Some(index) = self.accepted.pop_front() {
             count += 1;
@@ -120,9 +125,9 @@ impl Slots {
         Ok(count)
     }
 
-    fn begin(&mut self, index: usize, request: Request, engine: &Arc<RingEngine>) -> Result<()> {
+    fn begin(&mut self, index: usize, request: Request, engine: &Arc<E>) -> Result<()> {
         // A panic here is one of a storage's callback.
-        match catch_unwind(AssertUnwindSafe(|| request.run_now(engine))) {
+        match catch_unwind(AssertUnwindSafe(|| request.run_now(&**engine))) {
             Ok(Some(result)) => self.complete(index, Outcome { result, buffer: None }),
             Ok(None) => {
                 self.slots[index].exchange.put(request);
@@ -141,7 +146,7 @@ impl Slots {
     }
 
     /// Carries one request on; an error if that panicked.
-    pub fn poll(&mut self, index: usize, engine: &Arc<RingEngine>) -> Result<()> {
+    pub fn poll(&mut self, index: usize, engine: &Arc<E>) -> Result<()> {
         let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
         slot.waker.unlist();
         if slot.user_data.is_none() {
