@@ -74,6 +74,8 @@ define! {
     FlushJoinsEarlier,
     /// Data written in place does not make the next flush sync.
     WriteInPlaceNotSynced,
+    /// The first flush after an open does not sync what a killed process had written.
+    OpenedTakenForDurable,
     /// A flush that fails or is given up forgets that it still owed a sync.
     FailedFlushForgetsSync,
     /// A flush that does not come to its end, or a write-back that only makes room,

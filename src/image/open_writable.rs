@@ -83,7 +83,7 @@ async fn open_for_writing<E: Engine>(
         flushes_begun: AtomicU64::new(0),
         flushes_done: AtomicU64::new(0),
         // Whoever wrote before us may have been killed before it could sync.
-        needs_sync: AtomicBool::new(true),
+        needs_sync: AtomicBool::new(!mutant!(OpenedTakenForDurable)),
         features: FeatureBits::new(header.incompatible),
         lazy: options.lazy_refcounts.unwrap_or(header.version >= 3 && header.lazy_refcounts()),
         punch: options.discard,

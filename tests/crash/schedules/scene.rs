@@ -14,7 +14,7 @@ use qcow2rs::{Result, ZeroFlags};
 
 use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
-use super::super::scenario::{Config, Failure, Scenario, open};
+use super::super::scenario::{Config, Failure, Scenario, known_after, open};
 use super::super::snapshot::keep_snapshot;
 use super::super::support::builder::{Cluster, build};
 use super::super::{imagecheck, inspect};
@@ -291,7 +291,7 @@ impl Scene {
             let (crash, after) = self.draw();
             self.disk.note(format!("{crash:?}"));
             let (oracle, mut rng) = (self.oracle.borrow().clone(), self.rng.borrow_mut().fork());
-            if let Err(failure) = self.scenario.live(after, oracle, 1, &mut rng) {
+            if let Err(failure) = self.scenario.live(after, oracle, Some(crash), 1, &mut rng) {
                 panic!("{}", self.scenario.report(&failure));
             }
         }
@@ -305,7 +305,7 @@ impl Scene {
             Ok(words) => words,
             Err(what) => self.fail(format!("after {crash:?}: {what}")),
         };
-        let oracle = self.oracle.borrow().recovered(words);
+        let oracle = known_after(crash, &self.oracle.borrow(), words);
         Scene::on(self.config(), self.scenario.seed, after, oracle, self.rng.borrow_mut().fork())
     }
 
@@ -344,7 +344,7 @@ impl Scene {
         self.ok(self.inspect(&self.disk));
         let (oracle, mut rng) = (self.oracle.borrow().clone(), self.rng.borrow_mut().fork());
         drop(self.image);
-        if let Err(failure) = self.scenario.live(self.disk, oracle, 0, &mut rng) {
+        if let Err(failure) = self.scenario.live(self.disk, oracle, None, 0, &mut rng) {
             panic!("{}", self.scenario.report(&failure));
         }
     }
