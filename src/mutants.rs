@@ -74,7 +74,7 @@ define! {
     FlushJoinsEarlier,
     /// Data written in place does not make the next flush sync.
     WriteInPlaceNotSynced,
-    /// The first flush after an open does not sync what a killed process had written.
+    /// An open for writing does not sync what a process that was killed had written.
     OpenedTakenForDurable,
     /// A flush that fails or is given up forgets that it still owed a sync.
     FailedFlushForgetsSync,

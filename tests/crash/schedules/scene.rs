@@ -69,6 +69,19 @@ impl Scene {
         patch: impl FnOnce(&mut Vec<u8>),
         before: impl Fn(u64) -> Before,
     ) -> Scene {
+        let (disk, oracle, rng) = Scene::prepare(config, seed, abilities, patch, before);
+        Scene::on(config, seed, disk, oracle, rng)
+    }
+
+    /// The disk of such a scene before it is opened, what is known of it, and what
+    /// the seed has left.
+    pub fn prepare(
+        config: &Config,
+        seed: u64,
+        abilities: impl FnOnce(&mut FileOptions),
+        patch: impl FnOnce(&mut Vec<u8>),
+        before: impl Fn(u64) -> Before,
+    ) -> (SimDisk, Oracle, Rng) {
         let mut rng = Rng::new(seed);
         let disk = SimDisk::new(rng.next_u64());
         let kind = config.kind;
@@ -105,7 +118,7 @@ impl Scene {
             disk.create_with("base", base, &fill((0..sectors).map(|s| word(BASE, s))));
         }
         keep_snapshot(&disk, &kind, &words);
-        Scene::on(config, seed, disk, Oracle::new(words), rng)
+        (disk, Oracle::new(words), rng)
     }
 
     /// Opens the image of a disk on which the oracle knows what to find.
