@@ -74,6 +74,8 @@ define! {
     FlushJoinsEarlier,
     /// Data written in place does not make the next flush sync.
     WriteInPlaceNotSynced,
+    /// An open for writing does not sync what a process that was killed had written.
+    OpenedTakenForDurable,
     /// A flush that fails or is given up forgets that it still owed a sync.
     FailedFlushForgetsSync,
     /// A flush that does not come to its end, or a write-back that only makes room,

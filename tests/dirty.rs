@@ -116,12 +116,12 @@ fn refcounts_are_written_at_close_and_syncs_are_no_more_than_without() {
         let scratch = Scratch::new();
         let path = new(&scratch, options);
         let image = try_open(&path, &[]).unwrap();
-        write(&image, 3, 1);
-        image.flush().unwrap();
-        let after_first = image.stats().storage_syncs;
-        write(&image, 4, 1);
-        image.flush().unwrap();
-        let syncs = [after_first, image.stats().storage_syncs - after_first];
+        let syncs = [3, 4].map(|cluster| {
+            let before = image.stats().storage_syncs;
+            write(&image, cluster, 1);
+            image.flush().unwrap();
+            image.stats().storage_syncs - before
+        });
         let refcounts = Dissected::load(&path).refcount(6);
         image.abandon().unwrap();
         (syncs, refcounts)

@@ -181,7 +181,7 @@ fn opening_and_closing_writes_nothing() {
     image.flush().unwrap();
     let stats = image.stats();
     image.close().unwrap();
-    // (Who wrote before may have left something to sync.)
+    // (The open: who wrote before may have left something to sync.)
     assert_eq!((stats.storage_writes, stats.storage_syncs), (0, 1));
     assert!(std::fs::read(&top).unwrap() == before);
 }

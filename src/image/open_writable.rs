@@ -38,7 +38,16 @@ pub(super) async fn begin_writing<E: Engine>(
         repair_dirty(engine, image, budget).await?;
     }
     image.writing = Some(open_for_writing(engine, image, options, budget).await?);
-    clear_unknown_autoclear(engine, image).await
+    mutant!(AutoclearNotSynced => {
+        image.storage.sync(engine).await?;
+        return clear_unknown_autoclear(engine, image).await;
+    });
+    clear_unknown_autoclear(engine, image).await?;
+    // Whoever wrote before may have been killed before it could sync: what can be read
+    // is there, but not durable. Autoclear bits that it has cleared must not be back
+    // beside a change of ours, and what our guest has read a flush must make durable.
+    mutant!(OpenedTakenForDurable => return Ok(()));
+    image.storage.sync(engine).await
 }
 
 /// Rebuilds the refcounts of an image that was not closed cleanly. The dirty bit goes
@@ -82,8 +91,7 @@ async fn open_for_writing<E: Engine>(
         flushing: crate::io::wait::AsyncMutex::new(()),
         flushes_begun: AtomicU64::new(0),
         flushes_done: AtomicU64::new(0),
-        // Whoever wrote before us may have been killed before it could sync.
-        needs_sync: AtomicBool::new(true),
+        needs_sync: AtomicBool::new(false),
         features: FeatureBits::new(header.incompatible),
         lazy: options.lazy_refcounts.unwrap_or(header.version >= 3 && header.lazy_refcounts()),
         punch: options.discard,
@@ -185,13 +193,12 @@ async fn refuse_enabled_bitmaps<E: Engine>(
 
 /// Autoclear bits say that something is still true that a writer who does not know
 /// them may break: on an image open for writing they go before all else is written.
+/// Does not sync.
 async fn clear_unknown_autoclear<E: Engine>(engine: &E, image: &mut Qcow2) -> Result<()> {
     let unknown = image.header.unknown_autoclear();
-    if unknown == 0 || image.format.version < 3 || image.writing.is_none() {
+    if unknown == 0 || image.format.version < 3 {
         return Ok(());
     }
     image.header.autoclear &= !unknown;
-    write_word(engine, &image.storage, image.header.autoclear, Header::AUTOCLEAR_AT).await?;
-    mutant!(AutoclearNotSynced => return Ok(()));
-    image.storage.sync(engine).await
+    write_word(engine, &image.storage, image.header.autoclear, Header::AUTOCLEAR_AT).await
 }

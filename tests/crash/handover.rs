@@ -87,7 +87,7 @@ impl Life<'_> {
         self.tally(|tally| tally.handovers += 1);
         let disk = load(&self.disk, rng.next_u64(), dir.path())?;
         disk.note(format!("back from qemu-io {commands:?}"));
-        let later = self.scenario.live(disk, oracle.recovered(words), 0, &mut rng);
+        let later = self.scenario.live(disk, oracle.recovered(words), None, 0, &mut rng);
         later.map_err(|failure| {
             let what = format!("I11: after QEMU wrote to it: {}", failure.what);
             Trouble::Later(Failure { what, ..failure })

@@ -17,7 +17,7 @@ use super::inspect::{self, i12_length, i13_backing, i14_operations};
 use super::layout::{DIRTY, Header};
 use super::oracle::{Change, Oracle, SECTOR, Ticket};
 use super::report::{Failure, Trouble, Verdict};
-use super::scenario::{Config, Scenario, Tally, open};
+use super::scenario::{Config, Scenario, Tally, known_after, open};
 
 /// Lives that follow upon one another by crashes, after the first.
 pub const GENERATIONS: u32 = 3;
@@ -27,6 +27,8 @@ pub struct Life<'a> {
     pub scenario: &'a Scenario,
     pub disk: SimDisk,
     pub oracle: RefCell<Oracle>,
+    /// The crash that this life began with.
+    after: Option<Crash>,
     /// The first thing that went wrong.
     trouble: RefCell<Option<Trouble>>,
     /// How many crashes are still to be lived in, and one in how many steps is one.
@@ -48,8 +50,15 @@ pub struct Life<'a> {
 
 impl Scenario {
     /// Opens the image, uses it, closes it; up to `depth` crashes may follow upon
-    /// one another.
-    pub fn live(&self, disk: SimDisk, oracle: Oracle, depth: u32, rng: &mut Rng) -> Verdict {
+    /// one another. `after` is the crash that has left it so.
+    pub fn live(
+        &self,
+        disk: SimDisk,
+        oracle: Oracle,
+        after: Option<Crash>,
+        depth: u32,
+        rng: &mut Rng,
+    ) -> Verdict {
         let interval = *rng.pick(&[20, 100, 500]);
         let crashes = match depth {
             _ if self.config.medium.is_hostile() => 0,
@@ -60,6 +69,7 @@ impl Scenario {
             scenario: self,
             disk: disk.clone(),
             oracle: RefCell::new(oracle),
+            after,
             trouble: RefCell::default(),
             crashes: Cell::new(crashes),
             interval,
@@ -187,7 +197,10 @@ impl Life<'_> {
                 self.tally(|tally| tally.parity += 1);
             }
             inspect::second_opinion(&self.disk, found)?;
-            oracle.recovered(judged.words)
+            match self.after {
+                Some(crash) => known_after(crash, &oracle, judged.words),
+                None => oracle.recovered(judged.words),
+            }
         };
         self.oracle.replace(recovered);
         Ok(())
@@ -362,7 +375,7 @@ impl Life<'_> {
         let step = self.disk.step();
         let told = |what: String| format!("after {crash:?} at step {step}: {what}");
         inspect::i1_header(&after).and_then(|()| i13_backing(&self.disk, &after)).map_err(told)?;
-        let life = self.scenario.live(after, oracle, self.depth - 1, &mut rng);
+        let life = self.scenario.live(after, oracle, Some(crash), self.depth - 1, &mut rng);
         life.map_err(|failure| Trouble::Later(Failure { what: told(failure.what), ..failure }))
     }
 

@@ -142,6 +142,17 @@ fn settled(value: Word) -> Event {
     Event { tag: 0, value, issued: 0, ended: Some(1), sure: true, durable: true }
 }
 
+/// Those that may be what a sector holds, where events that `overwrites` says so of
+/// have surely replaced what had ended before they began.
+fn possible(
+    events: &[Event],
+    overwrites: impl Fn(&Event) -> bool,
+) -> impl Iterator<Item = &Event> {
+    let over = events.iter().filter(|event| event.sure && overwrites(event));
+    let bar = over.map(|event| event.issued).max().unwrap_or(0);
+    events.iter().filter(move |event| event.ended.is_none_or(|ended| ended > bar))
+}
+
 impl Oracle {
     /// A disk whose sectors hold these words.
     pub fn new(words: impl IntoIterator<Item = Word>) -> Oracle {
@@ -155,6 +166,21 @@ impl Oracle {
     /// that nothing old can pass for something new.
     pub fn recovered(&self, words: Vec<Word>) -> Oracle {
         Oracle { next_tag: self.next_tag, ..Oracle::new(words) }
+    }
+
+    /// The disk after the process was killed, found to hold these words. What no
+    /// flush had covered still may be lost with the power, until a flush covers what
+    /// was found; whoever reads sees that.
+    pub fn orphaned(&self, words: Vec<Word>) -> Oracle {
+        let mut after = Oracle { clock: 2, ..self.recovered(words) };
+        for (&sector, events) in &self.open {
+            let last = after.settled[sector as usize];
+            let old = possible(events, |event| event.durable);
+            let old = old.map(|event| Event { sure: false, durable: false, ..settled(event.value) });
+            let found = Event { issued: 1, ended: Some(2), durable: false, ..settled(last) };
+            after.open.insert(sector, old.chain([found]).collect());
+        }
+        after
     }
 
     /// Whether these words are what the disk held at first.
@@ -282,8 +308,7 @@ impl Oracle {
         })
     }
 
-    /// Whether the sector may hold this, where events that `overwrites` says so
-    /// of have surely replaced what had ended before they began.
+    /// Whether the sector may hold this; `overwrites` as in `possible`.
     fn judge(
         &self,
         sector: u64,
@@ -297,10 +322,7 @@ impl Oracle {
             None => &vec![settled(known)],
             Some(events) => events,
         };
-        let over = events.iter().filter(|event| event.sure && overwrites(event));
-        let bar = over.map(|event| event.issued).max().unwrap_or(0);
-        let possible = events.iter().filter(|event| event.ended.is_none_or(|ended| ended > bar));
-        let words: Vec<Word> = possible.map(|event| event.value).collect();
+        let words: Vec<Word> = possible(events, overwrites).map(|event| event.value).collect();
         match found {
             Ok(word) if words.contains(&word) => Ok(word),
             _ if words.contains(&UNKNOWN) => Ok(UNKNOWN),
@@ -318,9 +340,7 @@ impl Oracle {
             return;
         }
         let Some(events) = self.open.get_mut(&sector) else { return };
-        let over = events.iter().filter(|event| event.sure && event.durable);
-        let bar = over.map(|event| event.issued).max().unwrap_or(0);
-        events.retain(|event| event.ended.is_none_or(|ended| ended > bar));
+        *events = possible(events, |event| event.durable).cloned().collect();
         // What is left alone is what has replaced all else.
         if let [event] = &events[..] {
             self.settled[sector as usize] = event.value;
@@ -416,6 +436,32 @@ mod tests {
         let flush = oracle.begin_flush();
         oracle.end_flush(flush);
         assert!(oracle.judge_crash(&foreign(8, 7), Mode::Parity).is_err(), "it is flushed now");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_seen_and_not_durable() {
+        let mut oracle = Oracle::new([7, 7]);
+        // A read that is under way keeps events that no crash brings back.
+        oracle.begin_read();
+        let ticket = oracle.begin(Change::Write, 0..1);
+        oracle.end(&ticket, true, true);
+        let ticket = oracle.begin(Change::Write, 0..1);
+        oracle.end(&ticket, true, false);
+        let disk = |word: Word| fill([word, 7].into_iter());
+        for found in [word(1, 0), word(2, 0)] {
+            let mut after = oracle.orphaned(oracle.after_crash(&disk(found)).unwrap());
+            for (may, word) in [(true, word(1, 0)), (true, word(2, 0)), (false, 7)] {
+                assert_eq!(after.after_crash(&disk(word)).is_ok(), may, "{}", name(word));
+                let read = after.begin_read();
+                assert_eq!(reads(&mut after, read, word), word == found, "{}", name(word));
+            }
+            let flush = after.begin_flush();
+            after.end_flush(flush);
+            for word in [word(1, 0), word(2, 0)] {
+                assert_eq!(after.after_crash(&disk(word)).is_ok(), word == found, "{}", name(word));
+            }
+            assert!(after.open.is_empty(), "it is known what the disk holds");
+        }
     }
 
     #[test]

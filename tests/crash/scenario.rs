@@ -216,7 +216,7 @@ impl Scenario {
         let mut rng = Rng::new(self.seed);
         let (disk, oracle) = self.config.start(&mut rng);
         self.tally.borrow_mut().scenarios += 1;
-        self.live(disk, oracle, super::life::GENERATIONS, &mut rng)
+        self.live(disk, oracle, None, super::life::GENERATIONS, &mut rng)
     }
 
     /// A disk as a crash of this one may leave it.
@@ -231,6 +231,14 @@ impl Scenario {
         }
         self.crashes.set(self.crashes.get() + 1);
         (crash, crash_image(disk, crash, rng.next_u64()))
+    }
+}
+
+/// What is known of a disk after a crash that was found to hold these words.
+pub fn known_after(crash: Crash, oracle: &Oracle, words: Vec<Word>) -> Oracle {
+    match crash {
+        Crash::Process => oracle.orphaned(words),
+        Crash::Power { .. } | Crash::Garbage { .. } => oracle.recovered(words),
     }
 }
 

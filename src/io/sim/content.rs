@@ -70,6 +70,19 @@ impl Content {
         }
     }
 
+    /// The same after whoever made the changes was killed: readers see what they
+    /// saw, and what no sync has covered is still to be made durable, by the next
+    /// sync of anybody. All of it has completed before anything that comes now. (What
+    /// a failed sync forgot counts among it: nobody could make it durable or tell
+    /// that it is not, so it would only hide what can be.)
+    pub(super) fn left_by_process(mut self) -> Content {
+        for unsynced in self.unsynced.values_mut() {
+            unsynced.completed = Some(0);
+            unsynced.lost = false;
+        }
+        self
+    }
+
     /// A write, or a part of one, takes effect.
     pub(super) fn write(&mut self, op: OpId, offset: u64, data: &[u8]) {
         if data.is_empty() {

@@ -13,7 +13,8 @@ use super::world::{FileState, World};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Crash {
     /// The process dies: what readers saw is left, and each operation in flight
-    /// may or may not still be carried out.
+    /// may or may not still be carried out. What no sync had made durable may still
+    /// be lost when power is, until somebody syncs.
     Process,
     /// Power is lost: of what no sync had made durable, each unit of `unit`
     /// bytes holds its old content or any later one. 512 and 4096 are what
@@ -50,12 +51,13 @@ impl SimDisk {
         let mut ops: Vec<OpId> = contents.iter().flat_map(Content::unsynced).collect();
         ops.sort_unstable();
         let fates = Fates::draw(&ops, &mut rng);
-        let after = World::new(rng.next_u64());
+        let mut after = World::new(rng.next_u64());
+        after.go_on_from(&world);
         let after = SimDisk(Arc::new(Mutex::new(after)));
         for (file, mut content) in world.files.iter().zip(contents) {
             let firsts = std::mem::take(&mut content.firsts);
             let mut content = match crash {
-                Crash::Process => Content::settled(content.visible, content.length),
+                Crash::Process => content.left_by_process(),
                 Crash::Power { unit } => power_loss(content, unit, false, &fates, &mut rng),
                 Crash::Garbage { unit } => power_loss(content, unit, true, &fates, &mut rng),
             };

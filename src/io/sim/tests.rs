@@ -155,6 +155,48 @@ fn power_loss_keeps_any_subset_of_sectors() {
 }
 
 #[test]
+fn what_a_killed_process_wrote_may_be_lost_until_somebody_syncs() {
+    let disk = SimDisk::new(1);
+    let file = file_of(&disk, 2);
+    disk.block_on(write(&file, 0, &[1; 512])).unwrap();
+    disk.block_on(write(&file, 1024, &[1; 512])).unwrap();
+    for seed in 0..20 {
+        let next = disk.crash(Crash::Process, seed);
+        assert_eq!(tags(&next), [1, 0, 1], "readers see it");
+        let lost = states(&next, POWER, 200);
+        let all = [[0, 0].into(), [1, 0].into(), [0, 0, 0].into(), [1, 0, 0].into()];
+        let more: [Vec<u8>; 2] = [[0, 0, 1].into(), [1, 0, 1].into()];
+        assert_eq!(lost, all.into_iter().chain(more).collect());
+        let file = next.file("f").unwrap();
+        // Its writes are newer than those, and do not make them durable.
+        next.block_on(write(&file, 0, &[2; 512])).unwrap();
+        let firsts: BTreeSet<u8> = states(&next, POWER, 200).iter().map(|tags| tags[0]).collect();
+        assert_eq!(firsts, [0, 1, 2].into());
+        let third = next.crash(Crash::Process, seed);
+        third.block_on(sync(&third.file("f").unwrap())).unwrap();
+        assert_eq!(states(&third, POWER, 20), [vec![2, 0, 1]].into());
+    }
+}
+
+#[test]
+fn what_was_in_flight_when_a_process_was_killed_is_over() {
+    let disk = SimDisk::new(3);
+    let file = file_of(&disk, 1);
+    let hold = disk.hold(Pattern::any(), Stage::Complete);
+    let writer = Task::new("writer", async { write(&file, 0, &[1; 512]).await.unwrap() });
+    let mut next = None;
+    let killer = Task::new("killer", async {
+        assert!(hold.caught().await);
+        next = Some(disk.crash(Crash::Process, 1));
+    });
+    disk.run(vec![writer, killer]);
+    let next = next.unwrap();
+    assert_eq!(states(&next, POWER, 50), [vec![0], vec![1]].into());
+    next.block_on(sync(&next.file("f").unwrap())).unwrap();
+    assert_eq!(states(&next, POWER, 50), [vec![1]].into());
+}
+
+#[test]
 fn hostile_power_loss_tears_sectors() {
     let disk = SimDisk::new(1);
     let file = file_of(&disk, 1);

@@ -126,6 +126,12 @@ impl World {
         }
     }
 
+    /// Numbers operations behind those of another world, some of whose changes may
+    /// be here.
+    pub(super) fn go_on_from(&mut self, other: &World) {
+        self.next_op = other.next_op;
+    }
+
     /// Takes an operation in.
     pub(super) fn issue(
         &mut self,

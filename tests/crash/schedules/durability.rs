@@ -1,12 +1,16 @@
 //! What is on the medium, and in which order it gets there: a crash after every
 //! few steps of what would go wrong if one sync were missing.
 
+use std::cell::RefCell;
+use std::ops::ControlFlow;
+
 use qcow2rs::io::sim::{Crash, Fault, OpKind, Pattern, Stage, Task};
 use qcow2rs::{ErrorKind, Result};
 
 use super::super::images_taken::crash_image;
 use super::super::layout::Header;
 use super::super::random::config;
+use super::super::scenario::open;
 use super::super::support::builder::Kind;
 use super::scene::{Before, Scene};
 use super::{extended, over_backing, play, tiny};
@@ -306,9 +310,11 @@ fn a_second_crash_while_the_first_is_recovered_from_does_no_more_harm() {
     });
 }
 
+/// Where the header keeps its autoclear bits.
+const AUTOCLEAR: usize = 88;
+
 #[test]
 fn bits_that_a_writer_must_clear_are_clear_before_anything_changes() {
-    const AUTOCLEAR: usize = 88;
     play(|seed| {
         let patch = |image: &mut Vec<u8>| image[AUTOCLEAR] = 0x80;
         let scene = Scene::with(&tiny(), seed, |_| {}, patch, |_| Before::Stored);
@@ -320,6 +326,36 @@ fn bits_that_a_writer_must_clear_are_clear_before_anything_changes() {
             assert_eq!(after.file("image").unwrap().bytes()[AUTOCLEAR], 0, "not durable");
         }
         scene.close();
+    });
+}
+
+/// Whoever cleared them was killed before its sync: they are clear only to see.
+#[test]
+fn bits_that_a_killed_writer_cleared_are_clear_before_anything_changes() {
+    play(|seed| {
+        let patch = |image: &mut Vec<u8>| image[AUTOCLEAR] = 0x80;
+        let before = |_| Before::Stored;
+        let (disk, oracle, mut rng) = Scene::prepare(&tiny(), seed, |_| {}, patch, before);
+        let killed = RefCell::new(Vec::new());
+        let opening = Task::new("open", async {
+            drop(open(&disk, &tiny()).await.unwrap());
+        });
+        disk.run_observed(vec![opening], |step| {
+            let after = crash_image(&disk, Crash::Process, step);
+            if after.file("image").unwrap().bytes()[AUTOCLEAR] == 0 {
+                killed.borrow_mut().push(after);
+            }
+            ControlFlow::Continue(())
+        });
+        assert!(killed.borrow().len() > 1);
+        for disk in killed.take() {
+            let scene = Scene::on(&tiny(), seed, disk, oracle.clone(), rng.fork());
+            scene.play(scene.write(0..1)).unwrap();
+            for _ in 0..10 {
+                scene.crash_quick();
+            }
+            scene.close();
+        }
     });
 }
 

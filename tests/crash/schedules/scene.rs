@@ -14,7 +14,7 @@ use qcow2rs::{Result, ZeroFlags};
 
 use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
-use super::super::scenario::{Config, Failure, Scenario, open};
+use super::super::scenario::{Config, Failure, Scenario, known_after, open};
 use super::super::snapshot::keep_snapshot;
 use super::super::support::builder::{Cluster, build};
 use super::super::{imagecheck, inspect};
@@ -69,6 +69,19 @@ impl Scene {
         patch: impl FnOnce(&mut Vec<u8>),
         before: impl Fn(u64) -> Before,
     ) -> Scene {
+        let (disk, oracle, rng) = Scene::prepare(config, seed, abilities, patch, before);
+        Scene::on(config, seed, disk, oracle, rng)
+    }
+
+    /// The disk of such a scene before it is opened, what is known of it, and what
+    /// the seed has left.
+    pub fn prepare(
+        config: &Config,
+        seed: u64,
+        abilities: impl FnOnce(&mut FileOptions),
+        patch: impl FnOnce(&mut Vec<u8>),
+        before: impl Fn(u64) -> Before,
+    ) -> (SimDisk, Oracle, Rng) {
         let mut rng = Rng::new(seed);
         let disk = SimDisk::new(rng.next_u64());
         let kind = config.kind;
@@ -105,7 +118,7 @@ impl Scene {
             disk.create_with("base", base, &fill((0..sectors).map(|s| word(BASE, s))));
         }
         keep_snapshot(&disk, &kind, &words);
-        Scene::on(config, seed, disk, Oracle::new(words), rng)
+        (disk, Oracle::new(words), rng)
     }
 
     /// Opens the image of a disk on which the oracle knows what to find.
@@ -291,7 +304,7 @@ impl Scene {
             let (crash, after) = self.draw();
             self.disk.note(format!("{crash:?}"));
             let (oracle, mut rng) = (self.oracle.borrow().clone(), self.rng.borrow_mut().fork());
-            if let Err(failure) = self.scenario.live(after, oracle, 1, &mut rng) {
+            if let Err(failure) = self.scenario.live(after, oracle, Some(crash), 1, &mut rng) {
                 panic!("{}", self.scenario.report(&failure));
             }
         }
@@ -305,7 +318,7 @@ impl Scene {
             Ok(words) => words,
             Err(what) => self.fail(format!("after {crash:?}: {what}")),
         };
-        let oracle = self.oracle.borrow().recovered(words);
+        let oracle = known_after(crash, &self.oracle.borrow(), words);
         Scene::on(self.config(), self.scenario.seed, after, oracle, self.rng.borrow_mut().fork())
     }
 
@@ -344,7 +357,7 @@ impl Scene {
         self.ok(self.inspect(&self.disk));
         let (oracle, mut rng) = (self.oracle.borrow().clone(), self.rng.borrow_mut().fork());
         drop(self.image);
-        if let Err(failure) = self.scenario.live(self.disk, oracle, 0, &mut rng) {
+        if let Err(failure) = self.scenario.live(self.disk, oracle, None, 0, &mut rng) {
             panic!("{}", self.scenario.report(&failure));
         }
     }
