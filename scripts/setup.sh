@@ -24,6 +24,7 @@ need qemu-img qemu-utils
 need mkfs.ext4 e2fsprogs
 [ -z "$all" ] || need c++ g++
 [ -z "$all" ] || need valgrind valgrind
+[ -z "$all" ] || need make make # fio, for scripts/fio.sh
 has_libclang() { # bindgen, for the tests of the header; libclang-cpp is another one
     [ -n "${LIBCLANG_PATH:-}" ] || ldconfig -p | grep -Eq 'libclang(-[0-9.]+)?\.so' ||
         ls /usr/lib/llvm-*/lib 2> /dev/null | grep -Eq '^libclang(-[0-9.]+)?\.so'

@@ -99,6 +99,13 @@ use_as_subproject() { # shared|static
     [ "$1/$needed" = shared/1 ] || [ "$1/$needed" = static/0 ]
 }
 
+# Needs fio's source: is told loudly, and does not fail, where that is not to be had.
+fio_jobs() {
+    local status=0
+    scripts/fio.sh "${CARGO_TARGET_DIR:-target}/debug/deps" || status=$?
+    [ $status = 0 ] || [ $status = 77 ]
+}
+
 step 'setup' scripts/setup.sh
 step 'format' check_format
 step 'lints' cargo clippy --workspace --all-targets --all-features -- -D warnings
@@ -107,6 +114,7 @@ step 'Rust tests' cargo test --workspace --all-features
 step 'interleavings' scripts/interleavings.sh
 step 'mutants' scripts/mutants.sh
 step 'fuzzing, briefly' scripts/fuzz.sh --seconds 4
+step 'fio' fio_jobs
 step 'C tests' meson_test build
 step 'nothing to rebuild' no_op_build
 step 'C tests under valgrind' meson test -C build --setup valgrind --suite api --print-errorlogs

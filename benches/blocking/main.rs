@@ -2,32 +2,27 @@
 //! raw file: the same offsets, in turns, in one run. See docs/performance.md;
 //! scripts/bench.sh runs it.
 
-mod counting;
-mod disk;
-mod pattern;
-mod qemu;
+#[path = "../common/mod.rs"]
+#[allow(dead_code)] // This program uses a part of it.
+mod common;
 mod report;
 mod row;
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use counting::Counting;
-use disk::{Disk, Page};
-use pattern::{Pattern, REQUEST};
-use qemu::Aio;
+use common::counting::Counting;
+use common::disk::Disk;
+use common::files::{CLUSTER, FULL_SIZE, Files, SPARSE_SIZE};
+use common::machine::machine;
+use common::pattern::{Pattern, REQUEST};
+use common::qemu::{self, Aio};
+use common::{FILL, Operation, Page};
 use report::{Is, Table, Target};
-use row::{CLUSTER, Contender, FILL, Files, Operation, Row};
+use row::{Contender, Row};
 
 #[global_allocator]
 static HEAP: Counting = Counting::new();
 
-/// The disk of allocating runs: one cluster for each write.
-const SPARSE_SIZE: u64 = 4 << 30;
-/// The disk of the other runs: everything stays in the page cache.
-const FULL_SIZE: u64 = 1 << 30;
 /// Requests of a trial that is to find QEMU's best way of I/O.
 const TRIAL: u64 = 8192;
 
@@ -38,23 +33,24 @@ const OVERWRITE: &str = "overwrites, page cache";
 const READ_BY_TWO: &str = "reads by two threads, page cache";
 
 const USAGE: &str = "\
-usage: scripts/bench.sh [--dir DIRECTORY] [--rounds N] [--only TEXT] [--by TEXT]
+usage: scripts/bench.sh blocking [--dir DIRECTORY] [--rounds N] [--filter TEXT] [--by TEXT]
   --dir     where the files go: some 12 GiB, for a while (default: target/bench)
   --rounds  how often everything is measured (default: 7)
-  --only    rows whose name contains this
+  --filter  rows whose name contains this
   --by      contenders whose name contains this";
 
 struct Options {
     directory: PathBuf,
     rounds: usize,
-    only: String,
+    filter: String,
     by: String,
 }
 
 impl Options {
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
         let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/bench");
-        let mut options = Options { directory, rounds: 7, only: String::new(), by: String::new() };
+        let mut options =
+            Options { directory, rounds: 7, filter: String::new(), by: String::new() };
         while let Some(name) = args.next() {
             if name == "--bench" {
                 continue; // cargo says so
@@ -65,7 +61,7 @@ impl Options {
                 "--rounds" => {
                     options.rounds = value.parse().ok().filter(|n| *n > 0).ok_or(USAGE)?;
                 }
-                "--only" => options.only = value,
+                "--filter" => options.filter = value,
                 "--by" => options.by = value,
                 _ => return Err(USAGE.to_owned()),
             }
@@ -129,8 +125,9 @@ fn main() {
         eprintln!("{usage}");
         std::process::exit(2);
     });
-    let rows: Vec<_> = rows().into_iter().filter(|row| row.name.contains(&options.only)).collect();
-    let files = files(&options.directory);
+    let rows: Vec<_> =
+        rows().into_iter().filter(|row| row.name.contains(&options.filter)).collect();
+    let files = Files::make(&options.directory);
     println!("{}; {} rounds; {}\n", machine(), options.rounds, qemu::version());
     let mut tables = Vec::new();
     for row in &rows {
@@ -152,7 +149,7 @@ fn measure(row: &Row, files: &Files, options: &Options) -> Table {
         _ => vec![Contender::Ours(1), Contender::Raw(1)],
     };
     if !row.allocating {
-        warm(files);
+        files.warm();
     }
     if row.name != READ_BY_TWO && "QEMU".contains(&options.by) {
         contenders.push(Contender::Qemu(best_aio(row, files)));
@@ -198,68 +195,6 @@ fn best_aio(row: &Row, files: &Files) -> Aio {
     best.expect("QEMU can do I/O somehow").0
 }
 
-/// Makes the files that all rows use; those that are there from before serve again.
-fn files(directory: &Path) -> Files {
-    fs::create_dir_all(directory).unwrap_or_else(|error| panic!("{directory:?}: {error}"));
-    let directory = fs::canonicalize(directory).expect("it exists");
-    let files = Files {
-        base: directory.join("base.raw"),
-        full: directory.join("full.qcow2"),
-        raw: directory.join("full.raw"),
-        directory,
-    };
-    for (path, size) in [(&files.base, SPARSE_SIZE), (&files.raw, FULL_SIZE)] {
-        if fs::metadata(path).is_ok_and(|found| found.len() == size) {
-            continue;
-        }
-        eprintln!("writing {} ...", path.display());
-        let partial = path.with_extension("partial");
-        let mut file = File::create(&partial).expect("creates a file");
-        chunks(size).for_each(|(_, chunk)| file.write_all(&chunk).expect("writes"));
-        file.sync_all().expect("syncs");
-        fs::rename(&partial, path).expect("renames");
-    }
-    // The overlay is always new: as this very library writes it.
-    disk::create(&files.full, &files.base, FULL_SIZE, CLUSTER);
-    let full = Disk::open(&files.full, false, &[]);
-    chunks(FULL_SIZE).for_each(|(offset, chunk)| full.write(&chunk, offset));
-    full.close();
-    files
-}
-
-/// Brings the full files into the page cache, all in the same way: the kernel caches
-/// a file in larger or smaller pieces, depending on who brought it, and takes longer
-/// to write to a larger one. Page by page is what a guest's requests bring.
-fn warm(files: &Files) {
-    for path in [&files.full, &files.raw] {
-        let mut file = File::open(path).expect("opens");
-        file.sync_all().expect("syncs");
-        for advice in [libc::POSIX_FADV_DONTNEED, libc::POSIX_FADV_RANDOM] {
-            // SAFETY: an open descriptor; the rest are numbers.
-            let failed = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) };
-            assert_eq!(failed, 0, "advises about {}", path.display());
-        }
-        let mut chunk = vec![0; 1 << 20];
-        while file.read(&mut chunk).expect("reads") > 0 {}
-    }
-}
-
-/// Bytes that no two blocks share, none of them zero throughout.
-fn chunks(size: u64) -> impl Iterator<Item = (u64, Vec<u8>)> {
-    const CHUNK: u64 = 1 << 20;
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    (0..size / CHUNK).map(move |index| {
-        let mut chunk = Vec::with_capacity(CHUNK as usize);
-        for _ in 0..CHUNK / 8 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            chunk.extend_from_slice(&state.to_le_bytes());
-        }
-        (index * CHUNK, chunk)
-    })
-}
-
 /// Allocations on the hot paths, and memory for metadata, by count.
 fn heap_and_memory(files: &Files) -> String {
     let mut out = String::from("| heap allocations in 10 000 calls | |\n|---|---:|\n");
@@ -298,14 +233,4 @@ fn heap_and_memory(files: &Files) -> String {
         stats.metadata_bytes >> 10
     ));
     out
-}
-
-/// Processor, number of cores, kernel.
-fn machine() -> String {
-    let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let kernel = read("/proc/sys/kernel/osrelease");
-    format!("{}, {cores} cores, Linux {}", model.map_or("?", |(_, name)| name), kernel.trim())
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::common::numbers::{self, median, range};
 use crate::row::Contender;
 
 /// What one contender reached in each round, in requests per second.
@@ -29,13 +30,6 @@ pub struct Target {
     /// Somebody of whom reaching this part is enough, if that is less: nobody is
     /// asked to be faster than the disk.
     pub enough: Option<(Is, f64)>,
-}
-
-pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
 }
 
 fn thousands(rate: f64) -> String {
@@ -68,7 +62,7 @@ pub fn rates(tables: &[Table]) -> String {
 
 /// The rates of one contender in those of another, round by round.
 fn by_round(of: &Result, to: &Result) -> Vec<f64> {
-    of.rates.iter().zip(&to.rates).map(|(a, b)| a / b).collect()
+    numbers::by_round(&of.rates, &to.rates)
 }
 
 /// Ratios by round, their medians, and whether that is what is wanted.
@@ -83,8 +77,7 @@ pub fn ratios(tables: &[Table], targets: &[Target]) -> String {
         let (Some(of), Some(to)) = (find(target.of), find(target.to)) else { continue };
         let by_round = by_round(of, to);
         let middle = median(&by_round);
-        let least = by_round.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = by_round.iter().copied().fold(0.0, f64::max);
+        let (least, most) = range(&by_round);
         let (wanted, verdict) = match target.least {
             None => (String::new(), ""),
             Some(wanted) if middle >= wanted => (format!("{wanted}"), "met"),

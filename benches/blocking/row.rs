@@ -8,21 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::time::Instant;
 
-use crate::disk::{self, Disk, Page};
-use crate::pattern::{Pattern, REQUEST};
-use crate::qemu::{self, Aio};
-
-/// Cluster size of all images: subclusters are as large as a request.
-pub const CLUSTER: u64 = 128 << 10;
-
-/// What guests are made to write.
-pub const FILL: u8 = 0x5a;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Operation {
-    Read,
-    Write,
-}
+use crate::common::disk::{self, Disk};
+use crate::common::files::{CLUSTER, Files};
+use crate::common::pattern::{Pattern, REQUEST};
+use crate::common::qemu::{self, Aio, Bench};
+use crate::common::{FILL, Layout, Operation, Page};
 
 /// Who carries a row's operations out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,17 +57,6 @@ pub struct Row {
     pub pattern: Pattern,
 }
 
-/// Files that are there all the time, in one directory.
-pub struct Files {
-    pub directory: PathBuf,
-    /// Full of data; below all overlays.
-    pub base: PathBuf,
-    /// An overlay that is full of data, used by us and by QEMU.
-    pub full: PathBuf,
-    /// A raw file that is full of data.
-    pub raw: PathBuf,
-}
-
 impl Row {
     /// One run; returns requests per second. Leaves everything on the disk, so
     /// that no run pays for what another one wrote.
@@ -87,7 +66,9 @@ impl Row {
             Contender::Ours(threads) => self.run_ours(threads, &path),
             Contender::Raw(threads) => self.run_raw(threads, &path),
             Contender::Qemu(aio) => {
-                qemu::bench(&path, aio, self.operation, self.direct, FILL, &self.pattern, 1)?
+                let (operation, direct, pattern) = (self.operation, self.direct, &self.pattern);
+                let (depth, flush, l2_cache) = (1, false, None);
+                Bench { aio, operation, direct, pattern, depth, flush, l2_cache }.run(&path)?
             }
         };
         if self.operation == Operation::Write {
@@ -107,12 +88,13 @@ impl Row {
         }
         let path = self.fresh(contender, files, round);
         let size = self.pattern.size;
+        let layout = Layout { size, cluster: CLUSTER, extended: true };
         match contender {
-            Contender::Ours(_) => disk::create(&path, &files.base, size, CLUSTER),
+            Contender::Ours(_) => disk::create(&path, &files.base, c"raw", layout),
             Contender::Qemu(_) => {
                 // Tried before in another way.
                 let _ = std::fs::remove_file(&path);
-                qemu::create(&path, &files.base, size, CLUSTER);
+                qemu::create(&path, &files.base, layout);
             }
             Contender::Raw(_) => {
                 let file = File::create(&path).expect("creates a file");

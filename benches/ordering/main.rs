@@ -5,8 +5,9 @@
 //! The other build writes the pointers of a flush without a sync before them: a
 //! power loss can corrupt what it writes. It is for comparison only.
 
-#[path = "../blocking/pattern.rs"]
-mod pattern;
+#[path = "../common/mod.rs"]
+#[allow(dead_code)] // This program uses a part of it.
+mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use pattern::{Pattern, REQUEST};
+use common::numbers::{by_round, median, range};
+use common::pattern::{Pattern, REQUEST};
 use qcow2rs::{CreateOptions, Format, Image, OpenOptions, Policy, Source, WriteFlags};
 
 const CLUSTER: u64 = 128 << 10;
@@ -106,11 +108,6 @@ fn run_by(program: &Path, row: usize, directory: &Path) -> f64 {
     said.trim().parse().expect("a rate")
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
-}
-
 fn compare(unordered: &Path, directory: &Path, rounds: usize) {
     fs::create_dir_all(directory).expect("creates a directory");
     let base = File::create(directory.join("ordering.base")).expect("creates a file");
@@ -131,10 +128,9 @@ fn compare(unordered: &Path, directory: &Path, rounds: usize) {
             turn(round % 2 == 0);
             turn(round % 2 != 0);
         }
-        let ratios: Vec<f64> = with.iter().zip(&without).map(|(a, b)| a / b).collect();
-        let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = ratios.iter().copied().fold(0.0, f64::max);
-        let (a, b, ratio) = (median(with), median(without), median(ratios));
+        let ratios = by_round(&with, &without);
+        let (least, most) = range(&ratios);
+        let (a, b, ratio) = (median(&with), median(&without), median(&ratios));
         println!("| {} | {a:.0} | {b:.0} | **{ratio:.2}** | {least:.2}, {most:.2} |", row.name);
     }
     fs::remove_file(directory.join("ordering.base")).expect("removes");

@@ -1,164 +1,106 @@
 //! Queues of this library side by side with `qemu-img bench` and with bare io_uring
-//! on a raw file: the same offsets, in turns, in one run, at several depths.
-//! `cargo bench --bench queues` runs it.
+//! on a raw file: the same offsets, in turns, in one run. See docs/performance.md;
+//! scripts/bench.sh runs it.
 
-#[path = "../blocking/counting.rs"]
-mod counting;
-#[path = "../blocking/pattern.rs"]
-mod pattern;
-#[path = "../blocking/qemu.rs"]
+mod chains;
+mod charts;
+#[path = "../common/mod.rs"]
 #[allow(dead_code)] // This program uses a part of it.
-mod qemu;
-mod queue;
-mod ring;
+mod common;
+mod ours;
+mod raw;
+mod report;
+mod row;
+mod run;
+mod svg;
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use counting::Counting;
-use pattern::{Pattern, REQUEST};
-use qemu::Aio;
-use row::Operation;
+use common::counting::Counting;
+use common::files::Files;
+use common::{machine, qemu};
 
 #[global_allocator]
 static HEAP: Counting = Counting::new();
 
-/// What `qemu` wants to know.
-mod row {
-    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-    pub enum Operation {
-        Read,
-        Write,
-    }
+const CHAINS: &str = "chains of overlays";
+
+const USAGE: &str = "\
+usage: scripts/bench.sh queues [--dir DIRECTORY] [--rounds N] [--filter TEXT]
+                               [--json FILE] [--svg DIRECTORY]
+  --dir     where the files go: some 8 GiB (default: target/bench)
+  --rounds  how often everything is measured (default: 5)
+  --filter  rows whose name contains this (\"chains\" for the chains of overlays)
+  --json    all figures go there
+  --svg     charts go there";
+
+struct Options {
+    directory: PathBuf,
+    rounds: usize,
+    filter: String,
+    json: Option<PathBuf>,
+    svg: Option<PathBuf>,
 }
 
-const SIZE: u64 = 1 << 30;
-const CLUSTER: u64 = 128 << 10;
-const FILL: u8 = 0x5a;
-
-/// A page, aligned for O_DIRECT.
-#[repr(C, align(4096))]
-#[derive(Clone)]
-struct Page([u8; REQUEST as usize]);
-
-/// One line of the result.
-#[derive(Clone, Copy)]
-struct Row {
-    operation: Operation,
-    direct: bool,
-    depth: usize,
-    pattern: Pattern,
-}
-
-impl Row {
-    fn name(&self) -> String {
-        let operation = match self.operation {
-            Operation::Read => "reads",
-            Operation::Write => "overwrites",
-        };
-        let cache = if self.direct { "O_DIRECT" } else { "page cache" };
-        format!("{operation}, {cache}, depth {}", self.depth)
-    }
-}
-
-fn rows() -> Vec<Row> {
-    let mut rows = Vec::new();
-    for direct in [false, true] {
-        for operation in [Operation::Read, Operation::Write] {
-            for depth in [1, 32, 64] {
-                let count = if direct { SIZE / REQUEST / 8 } else { SIZE / REQUEST };
-                let pattern = Pattern::scattered(SIZE, CLUSTER, count);
-                rows.push(Row { operation, direct, depth, pattern });
+impl Options {
+    fn parse(mut args: impl Iterator<Item = String>) -> Option<Options> {
+        let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/bench");
+        let filter = String::new();
+        let mut options = Options { directory, rounds: 5, filter, json: None, svg: None };
+        while let Some(name) = args.next() {
+            if name == "--bench" {
+                continue; // cargo says so
+            }
+            let value = args.next()?;
+            match name.as_str() {
+                "--dir" => options.directory = PathBuf::from(value),
+                "--rounds" => options.rounds = value.parse().ok().filter(|n| *n > 0)?,
+                "--filter" => options.filter = value,
+                "--json" => options.json = Some(PathBuf::from(value)),
+                "--svg" => options.svg = Some(PathBuf::from(value)),
+                _ => return None,
             }
         }
+        Some(options)
     }
-    rows
 }
 
 fn main() {
-    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
-    let (mut rounds, mut only) = (5, String::new());
-    while let (Some(name), value) = (args.next(), args.next()) {
-        match (name.as_str(), value) {
-            ("--rounds", Some(value)) => rounds = value.parse().expect("a number of rounds"),
-            ("--only", Some(value)) => only = value,
-            _ => panic!("usage: cargo bench --bench queues -- [--rounds N] [--only TEXT]"),
-        }
+    let mut args = std::env::args().skip(1);
+    if let (Some("--memory-of"), Some(path)) = (args.next().as_deref(), args.next()) {
+        return chains::tell_memory(Path::new(&path));
     }
-    let (image, raw) = files();
-    println!("| requests of 4 KiB | by | thousand/s: median | of all rounds |\n|---|---|---:|---|");
-    for row in rows().into_iter().filter(|row| row.name().contains(&only)) {
-        measure(&row, &image, &raw, rounds);
-    }
-}
-
-fn measure(row: &Row, image: &Path, raw: &Path, rounds: usize) {
-    type Run<'a> = Box<dyn Fn() -> f64 + 'a>;
-    let qemu = |aio: Aio| -> Run<'_> {
-        Box::new(move || {
-            let row = *row;
-            let (operation, direct) = (row.operation, row.direct);
-            let seconds = qemu::bench(image, aio, operation, direct, FILL, &row.pattern, row.depth);
-            seconds.unwrap_or_else(|error| panic!("{error}"))
-        })
+    let Some(options) = Options::parse(std::env::args().skip(1)) else {
+        eprintln!("{USAGE}");
+        std::process::exit(2);
     };
-    let mut contenders: Vec<(String, Run<'_>)> = vec![
-        ("qcow2rs, io_uring".into(), Box::new(|| queue::run(row, image, c"io_uring"))),
-        ("qcow2rs, blocking".into(), Box::new(|| queue::run(row, image, c"blocking"))),
-        ("bare io_uring, raw file".into(), Box::new(|| ring::run(row, raw))),
-    ];
-    for aio in Aio::all(row.direct) {
-        contenders.push((format!("QEMU, {}", aio.name()), qemu(*aio)));
+    let rounds = options.rounds;
+    let files = Files::make(&options.directory);
+    let mut all = Vec::new();
+    for row in row::rows().into_iter().filter(|row| row.name.contains(&options.filter)) {
+        eprintln!("{} ...", row.name);
+        all.push(run::measure(row, &files, rounds));
     }
-    [image, raw].into_iter().for_each(|path| prepare(path, row.direct));
-    let mut rates = vec![Vec::new(); contenders.len()];
-    for round in 0..rounds {
-        for turn in 0..contenders.len() {
-            let index = (round + turn) % contenders.len();
-            rates[index].push(row.pattern.count as f64 / contenders[index].1() / 1e3);
-        }
+    let mut chains = Vec::new();
+    if CHAINS.contains(&options.filter) {
+        eprintln!("{CHAINS} ...");
+        chains = chains::measure(&files, rounds);
     }
-    for ((name, _), mut rates) in contenders.into_iter().zip(rates) {
-        rates.sort_by(f64::total_cmp);
-        let all: Vec<_> = rates.iter().map(|rate| format!("{rate:.1}")).collect();
-        let median = rates[rates.len() / 2];
-        println!("| {} | {name} | {median:.1} | {} |", row.name(), all.join(" "));
+    println!("{}; {rounds} rounds; {}\n", machine::machine(), qemu::version());
+    println!("{}", report::ratios(&all));
+    println!("{}", report::rates(&all));
+    println!("{}", report::chains(&chains));
+    if let Some(path) = options.json {
+        let text = format!("{:#}\n", report::json(&all, &chains, rounds));
+        std::fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
-}
-
-/// Brings a file into the page cache, or out of it: a direct write would have to do
-/// the latter.
-fn prepare(path: &Path, direct: bool) {
-    let mut file = File::open(path).expect("opens");
-    file.sync_all().expect("syncs");
-    // SAFETY: an open descriptor; the rest are numbers.
-    let dropped = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    assert_eq!(dropped, 0, "drops the cached pages of {}", path.display());
-    if !direct {
-        std::io::copy(&mut file, &mut std::io::sink()).expect("reads");
+    if let Some(directory) = options.svg {
+        let written = charts::write(&all, &directory);
+        written.unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
     }
 }
 
-/// Allocations so far.
+/// Allocations of the heap so far.
 fn allocations() -> u64 {
     HEAP.count()
-}
-
-/// An image and a raw file, both full of data.
-fn files() -> (PathBuf, PathBuf) {
-    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/bench");
-    fs::create_dir_all(&directory).expect("makes the directory");
-    let (image, raw) = (directory.join("queues.qcow2"), directory.join("queues.raw"));
-    if fs::metadata(&raw).is_ok_and(|found| found.len() == SIZE) {
-        queue::create(&image, SIZE, CLUSTER);
-        return (image, raw);
-    }
-    let mut file = File::create(&raw).expect("creates a file");
-    let chunk = vec![0xa5; 1 << 20];
-    (0..SIZE >> 20).for_each(|_| file.write_all(&chunk).expect("writes"));
-    file.sync_all().expect("syncs");
-    queue::create(&image, SIZE, CLUSTER);
-    (image, raw)
 }

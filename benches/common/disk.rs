@@ -9,14 +9,11 @@ use std::ptr;
 
 use qcow2rs::capi::{self, qcow2rs_image, qcow2rs_stats};
 
-use crate::pattern::REQUEST;
+use super::pattern::REQUEST;
+use super::{Layout, Page};
 
 type Read = unsafe extern "C" fn(*mut qcow2rs_image, *mut c_void, usize, u64, u32) -> c_int;
 type Write = unsafe extern "C" fn(*mut qcow2rs_image, *const c_void, usize, u64, u32) -> c_int;
-
-/// A page, aligned for O_DIRECT.
-#[repr(C, align(4096))]
-pub struct Page(pub [u8; REQUEST as usize]);
 
 /// An open image.
 pub struct Disk {
@@ -30,12 +27,14 @@ unsafe impl Send for Disk {}
 // SAFETY: as above.
 unsafe impl Sync for Disk {}
 
-fn check(result: c_int, doing: &str) {
+/// The result, if it tells of no error.
+pub fn check(result: c_int, doing: &str) -> c_int {
     if result < 0 {
         // SAFETY: never NULL, and valid until the next call of this thread.
         let message = unsafe { CStr::from_ptr(capi::qcow2rs_error_message()) };
         panic!("{doing}: {message:?} ({result})");
     }
+    result
 }
 
 fn c_string(text: &str) -> CString {
@@ -46,8 +45,8 @@ fn c_path(path: &Path) -> CString {
     c_string(path.to_str().expect("paths are UTF-8"))
 }
 
-/// Creates an overlay on a raw base with extended L2 entries.
-pub fn create(path: &Path, base: &Path, size: u64, cluster_size: u64) {
+/// Creates an overlay on a base.
+pub fn create(path: &Path, base: &Path, format: &CStr, layout: Layout) {
     let (path, base) = (c_path(path), c_path(base));
     let set = |opts, name: &CStr, value: &str| {
         let value = c_string(value);
@@ -59,11 +58,11 @@ pub fn create(path: &Path, base: &Path, size: u64, cluster_size: u64) {
     // strings; it is freed at the end.
     unsafe {
         check(capi::qcow2rs_create_opts_new(&mut opts), "create options");
-        check(capi::qcow2rs_create_opts_set_size(opts, size), "size");
-        let backing = capi::qcow2rs_create_opts_set_backing(opts, base.as_ptr(), c"raw".as_ptr());
+        check(capi::qcow2rs_create_opts_set_size(opts, layout.size), "size");
+        let backing = capi::qcow2rs_create_opts_set_backing(opts, base.as_ptr(), format.as_ptr());
         check(backing, "backing");
-        set(opts, c"cluster_size", &cluster_size.to_string());
-        set(opts, c"extended_l2", "on");
+        set(opts, c"cluster_size", &layout.cluster.to_string());
+        set(opts, c"extended_l2", if layout.extended { "on" } else { "off" });
         let (no_options, no_handle) = (ptr::null(), ptr::null_mut());
         check(capi::qcow2rs_create_path(path.as_ptr(), 0, opts, no_options, no_handle), "create");
         capi::qcow2rs_create_opts_free(&mut opts);
@@ -113,6 +112,11 @@ impl Disk {
         let (address, length) = (from.as_ptr().cast(), from.len());
         // SAFETY: an open image and the memory of a slice.
         check(unsafe { (self.write)(self.image, address, length, offset, 0) }, "pwrite");
+    }
+
+    /// For functions that are not offered here.
+    pub fn handle(&self) -> *mut qcow2rs_image {
+        self.image
     }
 
     pub fn stats(&self) -> qcow2rs_stats {

@@ -1,0 +1,165 @@
+//! Carrying a row out: files for each run, how many requests, all sides in turns.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::common::disk;
+use crate::common::files::Files;
+use crate::common::pattern::Pattern;
+use crate::common::qemu::{self, Aio, Bench};
+use crate::common::{Layout, Operation};
+use crate::row::{Job, Row, Who};
+use crate::{ours, raw};
+
+/// What a side is to take in each round, in seconds: it gets as many requests.
+const TIME: f64 = 0.6;
+/// Trials are that long, at least.
+const TRIAL: f64 = 0.12;
+
+/// What came of a run.
+#[derive(Clone, Copy, Default)]
+pub struct Outcome {
+    pub seconds: f64,
+    /// Of the heap, by us.
+    pub allocations: u64,
+    /// fdatasyncs, by us.
+    pub syncs: u64,
+}
+
+/// What a side reached.
+pub struct Side {
+    pub name: String,
+    pub job: Job,
+    /// Requests in each round.
+    pub count: u64,
+    /// Requests per second in each round.
+    pub rates: Vec<f64>,
+    /// The last round's.
+    pub last: Outcome,
+    pattern: Pattern,
+    aio: Aio,
+}
+
+/// A row, and what its sides reached.
+pub struct Measured {
+    pub row: Row,
+    pub sides: Vec<Side>,
+}
+
+/// All rounds of a row. The sides take turns, and another one begins in each round.
+pub fn measure(row: Row, files: &Files, rounds: usize) -> Measured {
+    let direct = row.sides[0].1.direct;
+    if direct {
+        files.chill();
+    } else {
+        files.warm();
+    }
+    let mut sides: Vec<_> = row.sides.iter().map(|(name, job)| plan(name, *job, files)).collect();
+    for round in 0..rounds {
+        for turn in 0..sides.len() {
+            let index = (round + turn) % sides.len();
+            let side = &mut sides[index];
+            let path = prepare(&side.job, files, &format!("round-{round}-{index}"));
+            side.last = run(side, &path, side.count).unwrap_or_else(|error| panic!("{error}"));
+            side.rates.push(side.count as f64 / side.last.seconds);
+        }
+        // To remove a file is work for the kernel: not while something is measured.
+        for index in 0..sides.len() {
+            tidy(&sides[index].job, files, &format!("round-{round}-{index}"));
+        }
+    }
+    Measured { row, sides }
+}
+
+/// Tries how many requests a side manages, and QEMU, which way of I/O is its best.
+fn plan(name: &str, job: Job, files: &Files) -> Side {
+    let size = job.size();
+    // No cluster is met twice where each write is to allocate.
+    let most = if job.fresh { size / job.cluster } else { 4 * size / 4096 };
+    let step = Pattern::scattered(size, job.cluster, most.min(size / 4096)).step;
+    let pattern = Pattern { size, step, count: most };
+    let aios = if job.who == Who::Qemu { Aio::all(job.direct) } else { &[Aio::IoUring] };
+    let mut best: Option<(Aio, f64)> = None;
+    for aio in aios {
+        let (name, aio, last) = (name.to_owned(), *aio, Outcome::default());
+        let side = Side { name, job, count: most, rates: Vec::new(), last, pattern, aio };
+        let mut count = 64.min(most);
+        let rate = loop {
+            let path = prepare(&job, files, "trial");
+            let outcome = run(&side, &path, count);
+            tidy(&job, files, "trial");
+            match outcome {
+                Ok(outcome) if outcome.seconds < TRIAL && count < most => {
+                    count = (count * 8).min(most);
+                }
+                Ok(outcome) => break Ok(count as f64 / outcome.seconds),
+                Err(error) => break Err(error),
+            }
+        };
+        match rate {
+            Ok(rate) if best.is_none_or(|(_, best)| rate > best) => best = Some((aio, rate)),
+            Ok(_) => {}
+            Err(error) => eprintln!("  {name}, {}: {error}", aio.name(), name = side.name),
+        }
+    }
+    let (aio, rate) = best.expect("there is a way of I/O");
+    let count = ((rate * TIME) as u64).clamp(64.min(most), most);
+    let name = match job.who {
+        Who::Qemu => format!("{name}, {}", aio.name()),
+        _ => name.to_owned(),
+    };
+    Side { name, job, count, rates: Vec::new(), last: Outcome::default(), pattern, aio }
+}
+
+fn fresh(files: &Files, run: &str) -> PathBuf {
+    files.directory.join(format!("queues-{run}"))
+}
+
+/// The file for a run.
+fn prepare(job: &Job, files: &Files, run: &str) -> PathBuf {
+    if !job.fresh {
+        return match job.who {
+            Who::Ours | Who::Qemu => files.full.clone(),
+            Who::Raw | Who::Calls => files.raw.clone(),
+        };
+    }
+    let path = fresh(files, run);
+    let layout = Layout { size: job.size(), cluster: job.cluster, extended: job.extended };
+    match job.who {
+        Who::Ours => disk::create(&path, &files.base, c"raw", layout),
+        Who::Qemu => qemu::create(&path, &files.base, layout),
+        Who::Raw | Who::Calls => {
+            let file = File::create(&path).expect("creates a file");
+            file.set_len(layout.size).expect("sets the size");
+        }
+    }
+    File::open(&path).and_then(|file| file.sync_all()).expect("syncs");
+    path
+}
+
+fn tidy(job: &Job, files: &Files, run: &str) {
+    if job.fresh {
+        std::fs::remove_file(fresh(files, run)).expect("it is there");
+    }
+}
+
+/// One run of so many requests. Leaves everything on the disk, so that no run pays
+/// for what another one wrote.
+fn run(side: &Side, path: &Path, count: u64) -> Result<Outcome, String> {
+    let pattern = &Pattern { count, ..side.pattern };
+    let job = &side.job;
+    let outcome = match job.who {
+        Who::Ours => ours::run(job, path, pattern),
+        Who::Raw => Outcome { seconds: raw::ring(job, path, pattern), ..Outcome::default() },
+        Who::Calls => Outcome { seconds: raw::calls(job, path, pattern), ..Outcome::default() },
+        Who::Qemu => {
+            let Job { operation, direct, depth, flush, l2_cache, .. } = *job;
+            let bench = Bench { aio: side.aio, operation, direct, pattern, depth, flush, l2_cache };
+            Outcome { seconds: bench.run(path)?, ..Outcome::default() }
+        }
+    };
+    if job.operation == Operation::Write {
+        File::open(path).and_then(|file| file.sync_all()).expect("syncs");
+    }
+    Ok(outcome)
+}
