@@ -35,6 +35,12 @@ impl<T> Sharded<T> {
         &self.0[here.index()].0
     }
 
+    /// The copy of the thread whose `Here::index` this is.
+    #[inline]
+    pub fn copy(&self, index: usize) -> &T {
+        &self.0[index].0
+    }
+
     /// All copies.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|padded| &padded.0)

@@ -34,7 +34,7 @@ pub struct Allocator {
     pub(super) geometry: Geometry,
     pub(super) state: Mutex<State>,
     /// Held by whoever looks for the next run.
-    refilling: AsyncMutex<()>,
+    pub(super) refilling: AsyncMutex<()>,
     /// The refcounts.
     pub refcounts: Refcounts,
     /// Freed clusters that may not be used yet.
@@ -415,7 +415,8 @@ impl Allocator {
     }
 
     /// Gives the clusters that `cluster` belongs to a refcount block, which lies
-    /// in `cluster` and so counts itself.
+    /// in `cluster` and so counts itself. The table on disk names it later: see
+    /// `name_blocks`.
     async fn add_block<E: Engine>(
         &self,
         engine: &E,
@@ -424,11 +425,7 @@ impl Allocator {
     ) -> Result<()> {
         self.check_room(storage, cluster)?;
         let table_index = cluster / self.refcounts.per_block();
-        let (table_offset, entries) = {
-            let table = self.refcounts.table();
-            (table.offset, table.entries.len() as u64)
-        };
-        if table_index >= entries {
+        if table_index >= self.refcounts.table().entries.len() as u64 {
             return self.grow_table(engine, storage).await;
         }
         let size = self.geometry.cluster_size();
@@ -440,13 +437,6 @@ impl Allocator {
         let counts = self.counts_for_block(cluster % self.refcounts.per_block(), 1)?;
         let block = Block::from_bytes(&counts)?;
         storage.write(engine, &[Piece::Block(block.all())], offset.get()).await?;
-        if !mutant!(NoSyncBeforeNewBlock) {
-            self.barrier(engine, storage).await?;
-        }
-        let entry = Block::from_bytes(&offset.get().to_be_bytes())?;
-        let entry_offset = table_offset + table_index * 8;
-        self.overlap.check_table(entry_offset, 8, Metadata::RefcountTable)?;
-        storage.write(engine, &[Piece::Block(entry.slice(0, 8))], entry_offset).await?;
         self.overlap.add(offset.get(), size, Metadata::RefcountBlock);
         self.refcounts.publish_block(table_index, offset);
         let mut state = self.lock();

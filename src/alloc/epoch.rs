@@ -32,12 +32,17 @@ pub struct Inside<'a> {
 impl Drop for Inside<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.counter.fetch_sub(1, SeqCst);
-        in_this_order();
-        if self.epochs.waiting.load(SeqCst) != 0 {
-            self.epochs.left.wake_all();
-        }
+        self.epochs.leave_by(self.counter);
     }
+}
+
+/// A request that is inside, without borrowing: to be given back with
+/// [`Epochs::leave`], or nothing that is freed is ever used again.
+#[must_use]
+#[derive(Debug)]
+pub struct Stay {
+    copy: usize,
+    odd: usize,
 }
 
 /// Somebody who waits for others to leave.
@@ -54,16 +59,45 @@ impl Epochs {
     #[inline]
     pub fn enter(&self) -> Inside<'_> {
         let counters = self.inside.at(here());
+        let odd = self.enter_by(counters);
+        Inside { epochs: self, counter: &counters[odd] }
+    }
+
+    /// Enters, until [`leave`](Epochs::leave), which any thread may call.
+    #[inline]
+    pub fn stay(&self) -> Stay {
+        let here = here();
+        Stay { copy: here.index(), odd: self.enter_by(self.inside.at(here)) }
+    }
+
+    /// Leaves.
+    #[inline]
+    pub fn leave(&self, stay: Stay) {
+        self.leave_by(&self.inside.copy(stay.copy)[stay.odd]);
+    }
+
+    /// Enters by a thread's counters; which of them it was.
+    #[inline]
+    fn enter_by(&self, counters: &[AtomicU64; 2]) -> usize {
         loop {
             let epoch = self.current.load(SeqCst);
-            let counter = &counters[(epoch & 1) as usize];
-            counter.fetch_add(1, SeqCst);
+            let odd = (epoch & 1) as usize;
+            counters[odd].fetch_add(1, SeqCst);
             in_this_order();
             if self.current.load(SeqCst) == epoch {
-                return Inside { epochs: self, counter };
+                return odd;
             }
             // The epoch moved on before we were counted in it.
-            counter.fetch_sub(1, SeqCst);
+            counters[odd].fetch_sub(1, SeqCst);
+        }
+    }
+
+    #[inline]
+    fn leave_by(&self, counter: &AtomicU64) {
+        counter.fetch_sub(1, SeqCst);
+        in_this_order();
+        if self.waiting.load(SeqCst) != 0 {
+            self.left.wake_all();
         }
     }
 
@@ -124,6 +158,18 @@ mod tests {
         }
         assert!(!epochs.has_passed(stamp));
         drop(guard);
+        epochs.advance();
+        assert!(epochs.has_passed(stamp));
+    }
+
+    #[test]
+    fn nothing_passes_while_somebody_stays_whoever_ends_that() {
+        let epochs = Epochs::default();
+        let stay = epochs.stay();
+        let stamp = epochs.now();
+        (0..5).for_each(|_| epochs.advance());
+        assert!(!epochs.has_passed(stamp));
+        std::thread::scope(|scope| scope.spawn(|| epochs.leave(stay)).join()).unwrap();
         epochs.advance();
         assert!(epochs.has_passed(stamp));
     }

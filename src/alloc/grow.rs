@@ -1,5 +1,5 @@
-//! A larger refcount table, when the clusters that the old one can count are
-//! used up.
+//! More refcount blocks, as the refcount table names them; and a larger table, when
+//! the clusters that the old one can count are used up.
 //!
 //! The new table and the blocks that count it lie in the first clusters that the
 //! old table could not count, so that nothing of the old structure changes until
@@ -26,7 +26,7 @@ struct Layout {
 }
 
 impl Refcounts {
-    /// The table names a new block from now on.
+    /// The table in memory names a new block from now on.
     pub(super) fn publish_block(&self, table_index: u64, offset: HostOffset) {
         // What is cached of those clusters is from an earlier use.
         self.cache.forget(offset, self.geometry.cluster_size());
@@ -35,6 +35,7 @@ impl Refcounts {
             usize::try_from(table_index).ok().and_then(|i| table.entries.get_mut(i))
         {
             *entry = offset.get();
+            self.unnamed().push((table_index, offset));
         }
     }
 }
@@ -67,6 +68,34 @@ impl Allocator {
             }
         }
         Ok(Layout { start: old_entries * per_block, blocks, table_clusters })
+    }
+
+    /// Whether there are refcount blocks that the table on disk does not name.
+    pub fn has_unnamed_blocks(&self) -> bool {
+        !self.refcounts.unnamed().is_empty()
+    }
+
+    /// Has the table on disk name the refcount blocks that are new; whether there were
+    /// any. Before a pointer leads to a cluster that they count, a sync follows.
+    pub async fn name_blocks<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<bool> {
+        // The table stays where it is meanwhile, and gets no more entries.
+        let _one_at_a_time = self.refilling.lock().await;
+        let unnamed = self.refcounts.unnamed().clone();
+        if unnamed.is_empty() {
+            return Ok(false);
+        }
+        if !mutant!(NoSyncBeforeNewBlock) {
+            self.barrier(engine, storage).await?;
+        }
+        let table_offset = self.refcounts.table().offset;
+        for (index, block) in unnamed {
+            let entry = Block::from_bytes(&block.get().to_be_bytes())?;
+            let at = table_offset + index * 8;
+            self.overlap.check_table(at, 8, Metadata::RefcountTable)?;
+            storage.write(engine, &[Piece::Block(entry.slice(0, 8))], at).await?;
+        }
+        self.refcounts.unnamed().clear();
+        Ok(true)
     }
 
     /// Switches to a larger table. One at a time (the caller holds `refilling`).
@@ -123,6 +152,8 @@ impl Allocator {
             table.entries = entries;
             table.offset = offset;
         }
+        // The new table names them all.
+        self.refcounts.unnamed().clear();
         {
             let mut state = self.lock();
             state.fresh_from = state.fresh_from.max(end);

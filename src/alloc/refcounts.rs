@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use super::overlap::{Metadata, OverlapIndex};
 use crate::error::{Error, Result};
@@ -36,6 +36,8 @@ pub struct Refcounts {
     pub(super) table: RwLock<Table>,
     pub(super) cache: SliceCache,
     pub(super) overlap: Arc<OverlapIndex>,
+    /// Refcount blocks that only the table in memory names yet, by their index there.
+    unnamed: Mutex<Vec<(u64, HostOffset)>>,
     /// One write-back at a time: two copies of a slice must not overtake each
     /// other on their way to the storage.
     writing: AsyncMutex<()>,
@@ -74,12 +76,17 @@ impl Refcounts {
             table: RwLock::new(table),
             cache: SliceCache::new(slice, cache_bytes)?,
             overlap,
+            unnamed: Mutex::default(),
             writing: AsyncMutex::new(()),
         })
     }
 
     pub(super) fn table(&self) -> RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn unnamed(&self) -> MutexGuard<'_, Vec<(u64, HostOffset)>> {
+        self.unnamed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Clusters that one refcount block counts.

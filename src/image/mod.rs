@@ -10,6 +10,7 @@ mod gate;
 pub mod handle;
 pub mod info;
 mod info_json;
+pub(crate) mod known;
 mod l2_tables;
 #[cfg(qcow2rs_mutants)]
 mod mutants;

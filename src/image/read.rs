@@ -23,44 +23,9 @@ impl Disk {
         }
     }
 
-    /// As `read`, in the common case: one piece, of which everything is known, and
-    /// an engine that completes at once. `None`: nothing was done, use `read`.
-    #[inline]
-    pub fn read_now<E: Engine>(
-        &self,
-        engine: &E,
-        to: &Target<'_>,
-        offset: u64,
-    ) -> Option<Result<()>> {
-        let len = to.len() as u64;
-        if len == 0 || offset.checked_add(len)? > self.size() {
-            return None;
-        }
-        let _inside = self.inside();
-        if let Some(Layer::Qcow2(image)) = self.layers.first() {
-            if let Some((host, _)) = image.stored(GuestOffset(offset), len) {
-                let result = image.storage.read_now(engine, to, host.get())?;
-                self.requests.read(len);
-                return Some(result);
-            }
-        }
-        // Errors are found again, and dealt with, by `read`.
-        let part = self.try_locate(0, GuestOffset(offset), len).ok()?.ok()?;
-        if part.run.kind != Subcluster::Normal || part.run.len != len {
-            return None;
-        }
-        let (storage, at) = match self.layers.get(part.layer)? {
-            Layer::Qcow2(image) => (&image.storage, part.run.host?.get()),
-            Layer::Raw(raw) => (&raw.storage, offset),
-        };
-        let result = storage.read_now(engine, to, at)?;
-        self.requests.read(len);
-        Some(result)
-    }
-
     /// What the mapping says stays true, as far as reuse goes, while this lives.
     #[inline]
-    fn inside(&self) -> Option<Inside<'_>> {
+    pub(super) fn inside(&self) -> Option<Inside<'_>> {
         mutant!(ReadOutsideEpoch => return None);
         let writing = self.top()?.writing.as_ref()?;
         Some(writing.allocator.epochs.enter())

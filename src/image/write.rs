@@ -135,32 +135,6 @@ impl Disk {
         }
     }
 
-    /// As `write`, in the common case: all of it lies in one host cluster that is ours,
-    /// and the engine completes at once. `None`: nothing was done, use `write`, which
-    /// finds errors again and deals with them.
-    #[inline]
-    pub fn write_now<E: Engine>(
-        &self,
-        engine: &E,
-        data: &Piece<'_>,
-        offset: u64,
-    ) -> Option<Result<()>> {
-        let image = self.top()?;
-        let writing = image.writing.as_ref()?;
-        let len = data.len() as u64;
-        if len == 0 || offset.checked_add(len)? > self.size() || self.options.writethrough {
-            return None;
-        }
-        writing.allocator.health.check().ok()?;
-        let _inside = writing.allocator.epochs.enter();
-        let (host, true) = image.stored(GuestOffset(offset), len)? else { return None };
-        writing.allocator.check_data(host.get(), len).ok()?;
-        let result = image.storage.write_now(engine, std::slice::from_ref(data), host.get())?;
-        self.requests.write(len);
-        writing.mark_unsynced();
-        Some(result)
-    }
-
     pub(super) async fn write_qcow2<E: Engine>(
         &self,
         engine: &E,

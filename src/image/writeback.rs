@@ -1,11 +1,14 @@
 //! The order on disk. This module alone knows it, but for what is rare and published
-//! at once: refcount blocks and larger tables (`alloc`), feature bits, new images.
+//! at once: larger refcount tables (`alloc`), feature bits, new images.
 //!
 //! ```text
 //! data, copies, new L2 tables, raised refcounts -> sync
 //!     -> L2 slices, L1 entries -> sync
 //!     -> freed clusters leave limbo, their refcounts are lowered
 //! ```
+//!
+//! Where there are new refcount blocks, the first sync is two: they are durable before
+//! the refcount table names them, which it does before any pointer is written.
 //!
 //! With lazy refcounts the dirty bit stands in for the raised refcounts: it is
 //! durable before any pointer, and goes when the image is settled, after the
@@ -137,6 +140,7 @@ impl Qcow2 {
         mutant!(CopiedAfterSync => self.sync_early(engine, writing).await?);
         let mut pass = Pass::begin(self, writing)?;
         pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
+        pass.owes_sync |= writing.allocator.has_unnamed_blocks();
         if pass.owes_sync {
             self.write_pass(engine, writing, &mut pass).await?;
             if pass.has_pointers() && !mutant!(NoSyncAfterEntries) {
@@ -167,6 +171,10 @@ impl Qcow2 {
             }
         } else if pass.has_pointers() && !mutant!(RefcountsLeftForClose, EntriesBeforeRefcounts) {
             allocator.refcounts.write_back(engine, &self.storage).await?;
+        }
+        // The entries of new refcount blocks are durable before what these count is.
+        if allocator.name_blocks(engine, &self.storage).await? && !mutant!(NoSyncAfterNewBlock) {
+            pass.ordered = true;
         }
         // Without the order, for benchmarks of what it costs: never for data.
         let ordered = pass.ordered

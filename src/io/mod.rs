@@ -7,13 +7,14 @@ pub mod counters;
 mod direct;
 pub mod engine;
 mod file;
-mod range_lock;
+pub(crate) mod range_lock;
 mod registry;
 pub(crate) mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod source;
 pub mod storage;
+pub(crate) mod turns;
 pub mod wait;
 
 #[cfg(test)]

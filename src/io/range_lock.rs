@@ -46,6 +46,35 @@ impl RangeLock {
         Some(RangeGuard { lock: self, held: wanted.clone() })
     }
 
+    /// The range together with others, if nobody is in the way; to be ended.
+    pub(super) fn try_turn(&self, range: Range<u64>) -> Option<Turn> {
+        let wanted = Held { range, alone: false };
+        let mut held = self.held();
+        if held.iter().any(|other| other.excludes(&wanted)) {
+            return None;
+        }
+        held.push(wanted.clone());
+        Some(Turn(Some(wanted)))
+    }
+
+    /// Ends a turn.
+    #[inline]
+    pub(super) fn end_turn(&self, Turn(held): Turn) {
+        if let Some(held) = held {
+            self.unlock(&held);
+        }
+    }
+
+    fn unlock(&self, range: &Held) {
+        let mut held = self.held();
+        // Equal entries are interchangeable.
+        if let Some(index) = held.iter().position(|other| other == range) {
+            held.swap_remove(index);
+        }
+        drop(held);
+        self.waiting.wake_all();
+    }
+
     fn held(&self) -> MutexGuard<'_, Vec<Held>> {
         // Nothing panics while it is held.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
@@ -61,14 +90,18 @@ pub(super) struct RangeGuard<'a> {
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut held = self.lock.held();
-        // Equal entries are interchangeable.
-        if let Some(index) = held.iter().position(|other| *other == self.held) {
-            held.swap_remove(index);
-        }
-        drop(held);
-        self.lock.waiting.wake_all();
+        self.lock.unlock(&self.held);
     }
+}
+
+/// A locked range that borrows nothing, or none at all.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Turn(Option<Held>);
+
+impl Turn {
+    /// Of a transfer that need not take turns with any other.
+    pub(super) const ANYTIME: Turn = Turn(None);
 }
 
 #[cfg(test)]

@@ -5,22 +5,25 @@
 //! end of a future that is dropped with its operation under way. What the kernel
 //! works on lives in a slot here until it is done with it.
 //!
+//! A transfer that goes to a file just as it is needs no future: it is launched with a
+//! tag, and has landed when its owner finds the tag again, with the result.
+//!
 //! Done at once, on the polling thread, are: what a storage's callbacks do; setting a
 //! length; and what is a copy of memory: reads of what the page cache holds, and
 //! writes to it that need not read first (a ring would hand those to a thread of the
 //! kernel's). Without a ring everything is done at once.
 
-use std::future::poll_fn;
+mod operations;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::Waker;
 use std::time::Duration;
 
-use super::blocking::{self, Blocking};
-use super::engine::{Engine, Piece, Target, ZeroMode};
-use super::file::File;
+use super::range_lock::Turn;
 use super::storage::{Backend, Storage};
-use crate::error::Result;
+use super::turns::Transfer;
+use crate::sys::file::Bytes;
 use crate::sys::file::SysResult;
 use crate::sys::memory::{Block, BlockSlice};
 use crate::sys::uring::{Call, Ring, Vectors};
@@ -38,6 +41,8 @@ struct State {
     free: Vec<usize>,
     /// Wakers on their way: kept to use its memory again.
     wakers: Vec<Waker>,
+    /// Launched transfers that nobody has asked for yet.
+    landed: Vec<Landed>,
     /// Readable when somebody else has something to tell; watched by the ring.
     bell: Arc<OwnedFd>,
     /// Where the bell's count goes.
@@ -53,6 +58,17 @@ struct Slot {
     kept: Vec<BlockSlice>,
     waker: Option<Waker>,
     result: Option<i32>,
+    /// It was launched: nobody waits, its owner asks.
+    tag: Option<usize>,
+}
+
+/// A transfer that has landed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Landed {
+    /// What it was launched with.
+    pub tag: usize,
+    /// Bytes, or the negative errno.
+    pub result: i32,
 }
 
 /// The number of the bell's operation; slots have small ones.
@@ -77,6 +93,7 @@ impl RingEngine {
             slots: Vec::new(),
             free: Vec::new(),
             wakers: Vec::new(),
+            landed: Vec::new(),
             bell,
             bell_count: count.slice(0, size_of::<u64>()),
             bell_watched: false,
@@ -106,9 +123,9 @@ impl RingEngine {
         self.state().map_or(Ok(()), |mut state| state.submit())
     }
 
-    /// Whether the kernel has completed something.
+    /// Whether the kernel has completed something that nobody was told of.
     pub fn has_completions(&self) -> bool {
-        self.state().is_some_and(|mut state| state.ring.has_completions())
+        self.state().is_some_and(|mut state| state.has_completions())
     }
 
     /// Operations under way, the bell's aside.
@@ -136,10 +153,75 @@ impl RingEngine {
     pub fn wait(&self, timeout: Option<Duration>) -> SysResult<()> {
         let Some(mut state) = self.state() else { return Ok(()) };
         state.watch_bell();
-        if state.ring.has_completions() {
+        if state.has_completions() {
             return state.submit();
         }
         state.ring.wait(timeout)
+    }
+
+    /// Launches a transfer, if it can go to the storage as it is; it ends as one of
+    /// those that [`landed`](RingEngine::landed) tells of. `None`: nothing was done.
+    pub fn launch(
+        &self,
+        storage: &Storage,
+        transfer: &Transfer,
+        offset: u64,
+        tag: usize,
+    ) -> Option<Turn> {
+        let (Backend::File(file), Some(mut state)) = (storage.backend(), self.state()) else {
+            return None;
+        };
+        let turn = match transfer {
+            Transfer::Read(to) => storage.turn_to_read(to, offset)?,
+            // Of those to the page cache the kernel would make work for a thread.
+            Transfer::Write(_) if !file.is_direct() => return None,
+            Transfer::Write(from) => storage.turn_to_write(from, offset)?,
+        };
+        let index = state.slot();
+        let slot = &mut state.slots[index];
+        slot.tag = Some(tag);
+        let call = match *transfer {
+            Transfer::Read(to) => {
+                slot.vectors.fill(to);
+                Call::Read(offset)
+            }
+            Transfer::Write(from) => {
+                slot.vectors.take(std::iter::once(Bytes::Memory(from)), 0);
+                Call::Write(offset)
+            }
+        };
+        if state.push(file.fd(), call, index).is_err() {
+            state.slots[index].tag = None;
+            state.free.push(index);
+            storage.end_turn(turn);
+            return None;
+        }
+        Some(turn)
+    }
+
+    /// Adds those to `landed` that have come back since the last time.
+    pub fn landed(&self, landed: &mut Vec<Landed>) {
+        if let Some(mut state) = self.state() {
+            landed.append(&mut state.landed);
+        }
+    }
+
+    /// Waits until a launched transfer is over, and forgets it.
+    pub fn see_landed(&self, tag: usize) {
+        while let Some(mut state) = self.state() {
+            if let Some(place) = state.landed.iter().position(|landed| landed.tag == tag) {
+                state.landed.swap_remove(place);
+                return;
+            }
+            if !state.slots.iter().any(|slot| slot.tag == Some(tag)) {
+                return;
+            }
+            drop(state);
+            if !self.complete() {
+                // Not to be given up, whatever it says: the memory is in use.
+                let _ = self.wait(None);
+            }
+        }
     }
 
     /// Has the kernel add to an eventfd with each completion.
@@ -203,19 +285,30 @@ impl State {
         self.bell_watched = self.ring.push(self.bell.as_fd(), Call::Read(0), &vectors, BELL);
     }
 
+    fn has_completions(&mut self) -> bool {
+        !self.landed.is_empty() || self.ring.has_completions()
+    }
+
     /// Notes results, and the wakers of those who wait for them.
     fn complete(&mut self) -> bool {
-        let State { ring, slots, wakers, bell_watched, .. } = self;
+        let State { ring, slots, free, wakers, landed, bell_watched, .. } = self;
         let count = ring.complete(|number, result| {
             if number == BELL {
                 *bell_watched = false;
                 return;
             }
             let slot = usize::try_from(number).ok().and_then(|number| slots.get_mut(number));
-            if let Some(slot) = slot {
-                slot.result = Some(result);
-                slot.kept.clear();
-                wakers.extend(slot.waker.take());
+            let Some(slot) = slot else { return };
+            match slot.tag.take() {
+                Some(tag) => {
+                    landed.push(Landed { tag, result });
+                    free.push(number as usize);
+                }
+                None => {
+                    slot.result = Some(result);
+                    slot.kept.clear();
+                    wakers.extend(slot.waker.take());
+                }
             }
         });
         count > 0
@@ -230,6 +323,12 @@ impl State {
     }
 }
 
+/// Whether an operation is to be tried again. The kernel may cancel those of a thread
+/// that ends: somebody else drives the queue then.
+pub(super) fn is_interrupted(errno: i32) -> bool {
+    matches!(errno, libc::EINTR | libc::ECANCELED)
+}
+
 impl Drop for RingEngine {
     fn drop(&mut self) {
         // Operations end with their futures; the bell's has to be ended.
@@ -240,236 +339,6 @@ impl Drop for RingEngine {
                     break;
                 }
                 state.complete();
-            }
-        }
-    }
-}
-
-/// The memory of an operation.
-enum Memory<'a> {
-    None,
-    Fill(&'a Target<'a>, usize),
-    Take(&'a [Piece<'a>], usize),
-}
-
-/// An operation under way: in a slot until it has completed.
-struct Flight<'a> {
-    engine: &'a RingEngine,
-    slot: Option<usize>,
-}
-
-impl RingEngine {
-    /// Carries out one operation of the kernel; its result is that of the kernel.
-    async fn fly(&self, fd: BorrowedFd<'_>, call: Call, memory: Memory<'_>) -> SysResult<i32> {
-        let mut flight = Flight { engine: self, slot: None };
-        flight.begin(fd, call, &memory)?;
-        poll_fn(|context| flight.poll(context)).await
-    }
-}
-
-impl Flight<'_> {
-    fn begin(&mut self, fd: BorrowedFd<'_>, call: Call, memory: &Memory<'_>) -> SysResult<()> {
-        let Some(mut state) = self.engine.state() else { return Err(libc::ENOSYS) };
-        let index = state.slot();
-        let Slot { vectors, kept, .. } = &mut state.slots[index];
-        match *memory {
-            Memory::None => {}
-            Memory::Fill(Target::Guest(guest), done) => {
-                vectors.fill(guest.sub(done, guest.len() - done));
-            }
-            Memory::Fill(Target::Block(block), done) => {
-                vectors.fill(block.guest_mut().sub(done, block.len() - done));
-                kept.push(block.clone());
-            }
-            Memory::Take(pieces, done) => {
-                vectors.take(pieces.iter().map(Piece::bytes), done);
-                kept.extend(pieces.iter().filter_map(|piece| match piece {
-                    Piece::Block(block) => Some(block.clone()),
-                    Piece::Guest(_) | Piece::Zeroes(_) => None,
-                }));
-            }
-        }
-        match state.push(fd, call, index) {
-            Ok(()) => {
-                self.slot = Some(index);
-                Ok(())
-            }
-            Err(errno) => {
-                state.slots[index].kept.clear();
-                state.free.push(index);
-                Err(errno)
-            }
-        }
-    }
-
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<SysResult<i32>> {
-        let (Some(index), Some(mut state)) = (self.slot, self.engine.state()) else {
-            return Poll::Ready(Err(libc::EIO));
-        };
-        match state.slots[index].result.take() {
-            Some(result) => {
-                state.free.push(index);
-                self.slot = None;
-                Poll::Ready(if result < 0 { Err(-result) } else { Ok(result) })
-            }
-            None => {
-                let waker = &mut state.slots[index].waker;
-                match waker {
-                    Some(waker) => waker.clone_from(context.waker()),
-                    None => *waker = Some(context.waker().clone()),
-                }
-                Poll::Pending
-            }
-        }
-    }
-}
-
-impl Drop for Flight<'_> {
-    fn drop(&mut self) {
-        let Some(index) = self.slot else { return };
-        // The kernel may be using memory that is about to go: see it done.
-        loop {
-            let Some(mut state) = self.engine.state() else { return };
-            if state.slots[index].result.take().is_some() {
-                state.slots[index].waker = None;
-                state.free.push(index);
-                return;
-            }
-            drop(state);
-            if !self.engine.complete() {
-                // Not to be given up, whatever it says: the memory is in use.
-                let _ = self.engine.wait(None);
-            }
-        }
-    }
-}
-
-impl Engine for RingEngine {
-    async fn read<'a>(&'a self, storage: &'a Storage, to: Target<'a>, offset: u64) -> Result<()> {
-        match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) => {
-                let result = self.read_file(file, &to, offset).await;
-                blocking::done(storage, result, || blocking::reading(to.len(), offset))
-            }
-            _ => Blocking.read(storage, to, offset).await,
-        }
-    }
-
-    #[inline]
-    fn read_now(&self, storage: &Storage, to: &Target<'_>, offset: u64) -> Option<Result<()>> {
-        match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) => file.read_cached(to, offset).then_some(Ok(())),
-            _ => Blocking.read_now(storage, to, offset),
-        }
-    }
-
-    async fn write<'a>(
-        &'a self,
-        storage: &'a Storage,
-        pieces: &'a [Piece<'a>],
-        offset: u64,
-    ) -> Result<()> {
-        match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) if !file.writes_to_cache(pieces, offset) => {
-                let result = self.write_file(file, pieces, offset).await;
-                blocking::done(storage, result, || blocking::writing(pieces, offset))
-            }
-            _ => Blocking.write(storage, pieces, offset).await,
-        }
-    }
-
-    async fn sync<'a>(&'a self, storage: &'a Storage) -> Result<()> {
-        match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) => {
-                let result = self.simple(file, Call::Sync).await;
-                blocking::done(storage, result, || "syncing")
-            }
-            _ => Blocking.sync(storage).await,
-        }
-    }
-
-    async fn zero<'a>(
-        &'a self,
-        storage: &'a Storage,
-        offset: u64,
-        length: u64,
-        mode: ZeroMode,
-    ) -> Result<()> {
-        match (storage.backend(), self.has_ring()) {
-            (Backend::File(file), true) => {
-                let call = Call::Allocate(File::zero_flags(mode), offset, length);
-                let result = self.simple(file, call).await;
-                result.map_err(|errno| storage.zero_failed(errno, offset, length, mode))
-            }
-            _ => Blocking.zero(storage, offset, length, mode).await,
-        }
-    }
-
-    async fn truncate<'a>(&'a self, storage: &'a Storage, length: u64) -> Result<()> {
-        Blocking.truncate(storage, length).await
-    }
-}
-
-/// Whether an operation is to be tried again. The kernel may cancel those of a thread
-/// that ends: somebody else drives the queue then.
-fn is_interrupted(errno: i32) -> bool {
-    matches!(errno, libc::EINTR | libc::ECANCELED)
-}
-
-impl RingEngine {
-    /// See `sys::file::read`.
-    async fn read_file(&self, file: &File, to: &Target<'_>, offset: u64) -> SysResult<()> {
-        if file.read_cached(to, offset) {
-            return Ok(());
-        }
-        let alignment = file.alignment.request as usize;
-        let mut done = 0;
-        while done < to.len() {
-            let call = Call::Read(offset + done as u64);
-            let got = match self.fly(file.fd(), call, Memory::Fill(to, done)).await {
-                Ok(got) => got as usize,
-                Err(errno) if is_interrupted(errno) => continue,
-                // Somebody's descriptor with O_NONBLOCK: the ring heeds it.
-                Err(libc::EAGAIN) => {
-                    let rest = to.sub(done, to.len() - done);
-                    return file.read(&rest, offset + done as u64);
-                }
-                Err(errno) => return Err(errno),
-            };
-            done += got;
-            if got == 0 || got % alignment != 0 {
-                to.sub(done, to.len() - done).fill_zero();
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// See `sys::file::write`.
-    async fn write_file(&self, file: &File, pieces: &[Piece<'_>], offset: u64) -> SysResult<()> {
-        let total: usize = pieces.iter().map(Piece::len).sum();
-        let mut done = 0;
-        while done < total {
-            let call = Call::Write(offset + done as u64);
-            match self.fly(file.fd(), call, Memory::Take(pieces, done)).await {
-                // Nothing written and no error: not to be tried forever.
-                Ok(0) => return Err(libc::EIO),
-                Ok(put) => done += put as usize,
-                Err(errno) if is_interrupted(errno) => {}
-                // All of it once more: the same bytes to the same place.
-                Err(libc::EAGAIN) => return file.write(pieces, offset),
-                Err(errno) => return Err(errno),
-            }
-        }
-        Ok(())
-    }
-
-    async fn simple(&self, file: &File, call: Call) -> SysResult<()> {
-        loop {
-            match self.fly(file.fd(), call, Memory::None).await {
-                Ok(_) => return Ok(()),
-                Err(errno) if is_interrupted(errno) => {}
-                Err(errno) => return Err(errno),
             }
         }
     }

@@ -267,6 +267,10 @@ impl Storage {
         self.counters.totals()
     }
 
+    pub(super) fn tally(&self) -> &Counters {
+        &self.counters
+    }
+
     /// Fills `to` from `offset` on; what lies past the end is zero.
     #[inline]
     pub async fn read<E: Engine>(&self, engine: &E, to: Target<'_>, offset: u64) -> Result<()> {

@@ -174,6 +174,9 @@ impl<E: QueueEngine> Inner<E> {
                 self.ready.bell().clear_signal(completed);
                 if completed {
                     self.engine.complete();
+                    if slots.land(&self.engine).is_err() {
+                        self.poison();
+                    }
                 }
             }
             if slots.start(&self.engine).is_err() {
@@ -342,7 +345,9 @@ impl<E: QueueEngine> Inner<E> {
         loop {
             if self.drive(slots, true).is_err() {
                 // The kernel takes nothing more: what it has is seen to its end.
-                slots.give_up_all(|| Error::os(libc::EIO, "io_uring takes no more requests"));
+                slots.give_up_all(&*self.engine, || {
+                    Error::os(libc::EIO, "io_uring takes no more requests")
+                });
             }
             if slots.unfinished() == 0 {
                 break;
@@ -356,7 +361,7 @@ impl<E: QueueEngine> Inner<E> {
     /// Brings all requests to an end.
     async fn end(&self, slots: &mut Slots<E>) {
         if self.is_poisoned() {
-            slots.give_up_all(poisoned);
+            slots.give_up_all(&*self.engine, poisoned);
         } else {
             self.drain(slots).await;
         }
@@ -426,7 +431,9 @@ impl<E: QueueEngine> Attached for Inner<E> {
 
     fn give_up(&self) -> Result<()> {
         let mut slots = self.try_lock().ok_or_else(busy)?;
-        slots.give_up_all(|| Error::new(ErrorKind::Cancelled, "the image was abandoned"));
+        slots.give_up_all(&*self.engine, || {
+            Error::new(ErrorKind::Cancelled, "the image was abandoned")
+        });
         self.publish(&slots);
         self.tell(&slots);
         Ok(())

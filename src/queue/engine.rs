@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use crate::image::attached;
 use crate::io::engine::Engine;
-use crate::io::ring::RingEngine;
+use crate::io::range_lock::Turn;
+use crate::io::ring::{Landed, RingEngine};
+use crate::io::storage::Storage;
+use crate::io::turns::Transfer;
 use crate::sys::event;
 use crate::sys::file::SysResult;
 
@@ -54,6 +57,12 @@ pub trait QueueEngine: Engine + 'static {
     fn flying(&self) -> usize;
     /// Takes what has completed and wakes who waits for it.
     fn complete(&self) -> bool;
+    /// Launches a transfer, if there is a ring and it can go as it is.
+    fn launch(&self, storage: &Storage, transfer: &Transfer, at: u64, tag: usize) -> Option<Turn>;
+    /// Adds the launched transfers that are over since the last time.
+    fn landed(&self, landed: &mut Vec<Landed>);
+    /// Waits until a launched transfer is over, and forgets it.
+    fn see_landed(&self, tag: usize);
     /// Whether each completion signals the completion descriptor.
     fn set_eventfd_enabled(&self, enabled: bool);
     /// Submits, and waits until something has completed or the bell was rung.
@@ -93,6 +102,19 @@ impl QueueEngine for RingEngine {
 
     fn complete(&self) -> bool {
         RingEngine::complete(self)
+    }
+
+    #[inline]
+    fn launch(&self, storage: &Storage, transfer: &Transfer, at: u64, tag: usize) -> Option<Turn> {
+        RingEngine::launch(self, storage, transfer, at, tag)
+    }
+
+    fn landed(&self, landed: &mut Vec<Landed>) {
+        RingEngine::landed(self, landed);
+    }
+
+    fn see_landed(&self, tag: usize) {
+        RingEngine::see_landed(self, tag);
     }
 
     fn set_eventfd_enabled(&self, enabled: bool) {

@@ -15,6 +15,7 @@
 mod bells;
 mod drive;
 mod engine;
+mod flight;
 mod options;
 mod ready;
 mod request;

@@ -57,13 +57,16 @@ pub struct Outcome {
 }
 
 impl Request {
-    /// The common case, without a future: a read of what is known and in memory, or by
-    /// an engine that does everything at once. `None`: nothing was done.
+    /// The common case, without a future: what is a copy of memory, or anything by an
+    /// engine that does everything at once. `None`: nothing was done.
     #[inline]
     pub fn run_now<E: Engine>(&self, engine: &E) -> Option<Result<()>> {
         match (&self.work, &self.disk) {
             (Work::Read(Into::Guest(to), offset), Ok(disk)) => {
                 disk.read_now(engine, &Target::Guest(*to), *offset)
+            }
+            (Work::Write(From::Guest(from), offset, flags), Ok(disk)) if !flags.fua => {
+                disk.write_now(engine, &Piece::Guest(*from), *offset)
             }
             _ => None,
         }

@@ -12,9 +12,15 @@ use std::task::{Context, Poll, Waker};
 
 use super::bells::Bells;
 use super::engine::QueueEngine;
+use super::flight::{Flight, Landing};
 use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::ring::Landed;
+
+/// So many requests that start at once go to a ring, even if each of them could be
+/// done at once (measured: see docs/performance.md).
+const MANY: usize = 8;
 
 /// How a request ended.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub struct Slots<E: QueueEngine> {
     /// Those that wait to be started.
     accepted: VecDeque<usize>,
     completed: VecDeque<Completion>,
+    /// Flights that are over: kept to use its memory again.
+    landed: Vec<Landed>,
     depth: usize,
 }
 
@@ -48,6 +56,8 @@ struct Slot<E: QueueEngine> {
     user_data: Option<u64>,
     /// Not started yet.
     request: Option<Request>,
+    /// The kernel has it.
+    flight: Option<Flight>,
 }
 
 impl<E: QueueEngine> Slots<E> {
@@ -58,6 +68,7 @@ impl<E: QueueEngine> Slots<E> {
             free: Vec::new(),
             accepted: VecDeque::new(),
             completed: VecDeque::new(),
+            landed: Vec::new(),
             depth,
         }
     }
@@ -104,6 +115,7 @@ impl<E: QueueEngine> Slots<E> {
                 waker,
                 user_data: None,
                 request: None,
+                flight: None,
             });
             index
         });
@@ -116,32 +128,73 @@ impl<E: QueueEngine> Slots<E> {
     /// Starts what was accepted; returns how many.
     pub fn start(&mut self, engine: &Arc<E>) -> Result<usize> {
         let mut count = 0;
+        // A ring takes many requests with one system call.
+        let many = self.accepted.len() >= MANY && engine.has_ring();
         while let Some(index) = self.accepted.pop_front() {
             count += 1;
             if let Some(request) = self.slots[index].request.take() {
-                self.begin(index, request, engine)?;
+                self.begin(index, request, many, engine)?;
             }
         }
         Ok(count)
     }
 
-    fn begin(&mut self, index: usize, request: Request, engine: &Arc<E>) -> Result<()> {
+    fn begin(&mut self, index: usize, request: Request, many: bool, engine: &Arc<E>) -> Result<()> {
+        let request = match many {
+            true => match Flight::start(request, &**engine, index) {
+                Ok(flight) => return self.off(index, flight),
+                Err(request) => request,
+            },
+            false => request,
+        };
         // A panic here is one of a storage's callback.
         match catch_unwind(AssertUnwindSafe(|| request.run_now(&**engine))) {
-            Ok(Some(result)) => self.complete(index, Outcome { result, buffer: None }),
-            Ok(None) => {
-                self.slots[index].exchange.put(request);
-                self.poll(index, engine)?;
+            Ok(Some(result)) => {
+                self.complete(index, Outcome { result, buffer: None });
+                Ok(())
             }
-            Err(payload) => return Err(self.panicked(index, payload)),
+            Ok(None) => match Flight::start(request, &**engine, index) {
+                Ok(flight) => self.off(index, flight),
+                Err(request) => self.serve(index, request, engine),
+            },
+            Err(payload) => Err(self.panicked(index, payload, engine)),
         }
+    }
+
+    fn off(&mut self, index: usize, flight: Flight) -> Result<()> {
+        self.slots[index].flight = Some(flight);
         Ok(())
     }
 
+    /// Has a future carry a request out.
+    fn serve(&mut self, index: usize, request: Request, engine: &Arc<E>) -> Result<()> {
+        self.slots[index].exchange.put(request);
+        self.poll(index, engine)
+    }
+
+    /// Ends the flights that are over.
+    pub fn land(&mut self, engine: &Arc<E>) -> Result<()> {
+        let mut landed = std::mem::take(&mut self.landed);
+        engine.landed(&mut landed);
+        let mut outcome = Ok(());
+        for Landed { tag, result } in landed.drain(..) {
+            let flight = self.slots.get_mut(tag).and_then(|slot| slot.flight.take());
+            match flight.map(|flight| flight.land(result)) {
+                Some(Landing::Done(result)) => self.complete(tag, Outcome { result, buffer: None }),
+                Some(Landing::Again(request)) => {
+                    outcome = outcome.and(self.serve(tag, request, engine));
+                }
+                None => {}
+            }
+        }
+        self.landed = landed;
+        outcome
+    }
+
     #[cold]
-    fn panicked(&mut self, index: usize, payload: Box<dyn Any + Send>) -> Error {
+    fn panicked(&mut self, index: usize, payload: Box<dyn Any + Send>, engine: &E) -> Error {
         let error = panicked(payload);
-        self.give_up(index, Error::new(ErrorKind::Panic, error.message()));
+        self.give_up(index, Error::new(ErrorKind::Panic, error.message()), engine);
         error
     }
 
@@ -167,7 +220,7 @@ impl<E: QueueEngine> Slots<E> {
                 Ok(())
             }
             Ok(Poll::Ready(never)) => match never {},
-            Err(payload) => Err(self.panicked(index, payload)),
+            Err(payload) => Err(self.panicked(index, payload, engine)),
         }
     }
 
@@ -180,7 +233,7 @@ impl<E: QueueEngine> Slots<E> {
 
     /// Ends a request that is not carried on; returns when the kernel is done with
     /// its memory.
-    fn give_up(&mut self, index: usize, error: Error) {
+    fn give_up(&mut self, index: usize, error: Error, engine: &E) {
         let slot = &mut self.slots[index];
         if let Some(server) = slot.server.take() {
             // Another panic is no news.
@@ -188,17 +241,22 @@ impl<E: QueueEngine> Slots<E> {
                 std::mem::forget(payload);
             }
         }
+        if let Some(flight) = slot.flight.take() {
+            engine.see_landed(index);
+            // The memory is the caller's, and how it ended is no news any more.
+            flight.land(-libc::ECANCELED);
+        }
         let request = slot.request.take().or_else(|| slot.exchange.take_request());
         let buffer = request.and_then(|request| request.work.into_buffer());
         self.complete(index, Outcome { result: Err(error), buffer });
     }
 
     /// Ends all requests without carrying them on.
-    pub fn give_up_all(&mut self, error: impl Fn() -> Error) {
+    pub fn give_up_all(&mut self, engine: &E, error: impl Fn() -> Error) {
         self.accepted.clear();
         for index in 0..self.slots.len() {
             if self.slots[index].user_data.is_some() {
-                self.give_up(index, error());
+                self.give_up(index, error(), engine);
             }
         }
     }

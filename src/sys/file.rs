@@ -41,7 +41,7 @@ const BATCH: usize = 64;
 /// Bytes handed to the kernel at a time; it takes no more anyway. A multiple of
 /// every page size, so that a direct transfer stays aligned. Tests have to meet
 /// the limit, too.
-pub(super) const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
+pub const MAX_TRANSFER: usize = if cfg!(test) { 1 << 16 } else { 0x7fff_0000 };
 
 /// Zeroes to write, aligned for direct I/O.
 #[repr(align(4096))]
