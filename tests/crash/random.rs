@@ -16,9 +16,11 @@ pub fn number(variable: &str) -> Option<u64> {
 /// Seeds for each configuration, unless the environment says otherwise.
 const ROUNDS: u64 = 1;
 
-/// The tests whose seeds say by their last digit which test they are of, and the
-/// configurations of each.
-const FAMILIES: [(&str, fn() -> Vec<Config>); 6] = [
+/// A test that runs seeds, and its configurations.
+type Family = (&'static str, fn() -> Vec<Config>);
+
+/// By the last digit of their seeds.
+const FAMILIES: [Family; 6] = [
     ("random_requests_survive_crashes", configs),
     ("random_requests_survive_crashes_in_direct_mode", direct),
     ("random_requests_survive_faults", faulty),
@@ -39,7 +41,7 @@ fn run_seed(seed: u64, configs: &[Config]) -> u64 {
 }
 
 /// The family that a seed belongs to.
-fn family_of(seed: u64) -> Result<(&'static str, fn() -> Vec<Config>), String> {
+fn family_of(seed: u64) -> Result<Family, String> {
     FAMILIES.get((seed % 10) as usize).copied().ok_or_else(|| {
         let last = FAMILIES.len() - 1;
         format!("QCOW2RS_SEED={seed}: no random test has it; their seeds end with 0 to {last}")
