@@ -1,9 +1,9 @@
 #!/bin/bash
-# Wakes one seeded bug (src/mutants.rs) after the other and sees that the crash
-# tests find it: the schedule and the random seed that the table in
-# docs/crash-simulation.md names.  Fails if a bug survives, if the table does not
-# list them all, or if one of these tests fails without any bug.  --help lists
-# the options.
+# Wakes one seeded bug (src/mutants.rs) after the other and sees that the tests
+# find it: the schedule and the random seed of the crash tests, or the test of
+# another program, that the table in docs/crash-simulation.md names.  Fails if a
+# bug survives, if the table does not list them all, or if one of these tests
+# fails without any bug.  --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C RUST_BACKTRACE=0
@@ -43,12 +43,14 @@ described() {
     ' src/mutants.rs
 }
 
-# Each row of the table: mutant, schedule, its seed, random test, its seed.
+# Each row of the table: mutant, schedule, its seed, random test, its seed.  In place
+# of a schedule there may be PROGRAM/TEST, which has no seed.
 rows() {
     [ -e "$table" ] || return 0
     awk -F' *[|] *' -v OFS='\t' '
         function found(cell, prefix,   parts) {
             if (split(cell, parts, /[`, ]+/) != 3) return "-" OFS "-"
+            if (parts[3] == "") return parts[2] OFS "-"
             return prefix parts[2] OFS parts[3]
         }
         /^\| `[A-Z]/ { gsub(/`/, "", $2); print $2, found($4, "schedules::"), found($5, "random::") }
@@ -62,10 +64,14 @@ trap 'rm -f "$output"' EXIT
 
 # What one test says of one mutant: 0 if it finds it.  Sets seed and images.
 finds() { # MUTANT TEST [SEED]
-    local mutant=$1 test=$2 given=${3-} status=0 limit=2h
+    local mutant=$1 test=$2 given=${3-} status=0 limit=2h program=crash
+    [ "$given" != - ] || given=''
+    [ "$test" = "${test%/*}" ] || program=${test%/*}
+    [ -n "${suites[$program]-}" ] || die "there is no program $program"
     # One seed is a matter of seconds.
     [ -z "$given" ] || local -x QCOW2RS_SEED=$given limit=5m
-    QCOW2RS_MUTANT=$mutant timeout "$limit" "$suite" --exact "$test" > "$output" 2>&1 || status=$?
+    QCOW2RS_MUTANT=$mutant timeout "$limit" "${suites[$program]}" --exact "${test#*/}" \
+        > "$output" 2>&1 || status=$?
     grep -q '^running 1 test$' "$output" || die "there is no test $test"
     seed=${given:-$(sed -n 's/.*QCOW2RS_SEED=\([0-9]*\).*/\1/p' "$output" | tail -n 1)}
     images=$(sed -n 's/^crash images: //p' "$output" | tail -n 1)
@@ -76,16 +82,21 @@ finds() { # MUTANT TEST [SEED]
     esac
 }
 
+declare -A is_sound
 sound() { # TEST [SEED]
+    [ -z "${is_sound[$*]-}" ] || return 0
     ! finds '' "$@" || die "$1 fails without any mutant (seed ${seed:-?}): $(cat "$output")"
+    is_sound[$*]=yes
 }
 
 say() { # MUTANT TEST
     printf '%-32s %s, seed %s, after %s crash images\n' "$1" "${2#*::}" "${seed:--}" "${images:-0}"
 }
 
+# The tests of a kind, but for those that run seeds of their own choice.
 tests() { # PREFIX
-    "$suite" --list 2> /dev/null | sed -n "s/^\($1.*\): test$/\1/p"
+    "${suites[crash]}" --list 2> /dev/null | sed -n "s/^\($1.*\): test$/\1/p" |
+        grep -v '^random::\(a\|one\)_seed_'
 }
 
 # --- what is done --------------------------------------------------------------
@@ -119,8 +130,9 @@ by_table() { # MUTANT
 }
 
 by_all() { # MUTANT
-    local test
-    for test in $(tests random::) $(tests schedules::); do
+    local test other
+    other=$(rows | sed -n "s/^$1\t\([^\t]*\/[^\t]*\)\t.*/\1/p")
+    for test in $(tests random::) $(tests schedules::) $other; do
         if finds "$1" "$test"; then
             say "$1" "$test"
             return 0
@@ -144,7 +156,7 @@ cell() { # MUTANT PREFIX TEST SEED
     if [ "$test" = - ]; then
         echo '-'
     else
-        echo "\`${test#"$prefix"}\`, $seed"
+        echo "\`${test#"$prefix"}\`${seed:+, $seed}"
     fi
 }
 
@@ -188,13 +200,18 @@ done
 
 export CARGO_TARGET_DIR=$PWD/target/mutants
 export RUSTFLAGS="${RUSTFLAGS:+$RUSTFLAGS }--cfg qcow2rs_mutants"
-cargo test --test crash --no-run
-suite=$(cargo test --test crash --no-run --message-format json 2> /dev/null |
-    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
-[ -x "$suite" ] || die 'the tests were built, but where?'
+programs=(crash failures hostile)
+cargo test "${programs[@]/#/--test=}" --no-run
+declare -A suites
+for program in "${programs[@]}"; do
+    suites[$program]=$(cargo test --test "$program" --no-run --message-format json 2> /dev/null |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+    [ -x "${suites[$program]}" ] || die "$program was built, but where?"
+done
 
 if [ $mode = all ]; then
-    "$suite" > "$output" 2>&1 || die "the suite fails without any mutant: $(cat "$output")"
+    "${suites[crash]}" > "$output" 2>&1 ||
+        die "the suite fails without any mutant: $(cat "$output")"
     tail -n 2 "$output"
 fi
 survivors=''

@@ -208,4 +208,16 @@ define! {
     SharedPunched,
     /// A hole is rounded out to the blocks of the host, over its neighbours.
     HoleRoundedOut,
+
+    // Errors, and what nobody can trust.
+    /// An error from writing a slice of an L2 table is forgotten: it counts as written.
+    EntryErrorForgotten,
+    /// After a sync that failed only syncs are refused: writes go on.
+    WritesAfterFailedSync,
+    /// A slice that could not be loaded stays in the cache, with zeroes in it.
+    FailedLoadCached,
+    /// An L1 entry that leads into the middle of a cluster is followed.
+    TableNotAligned,
+    /// What an image makes the driver hold in memory is not held against the limit.
+    MemoryNotReckoned,
 }

@@ -31,6 +31,7 @@ pub(super) struct Budget(pub u64);
 
 impl Budget {
     pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
+        mutant!(MemoryNotReckoned => return Ok(()));
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
             Error::new(
                 ErrorKind::Limit,

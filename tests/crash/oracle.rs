@@ -144,10 +144,7 @@ fn settled(value: Word) -> Event {
 
 /// Those that may be what a sector holds, where events that `overwrites` says so of
 /// have surely replaced what had ended before they began.
-fn possible(
-    events: &[Event],
-    overwrites: impl Fn(&Event) -> bool,
-) -> impl Iterator<Item = &Event> {
+fn possible(events: &[Event], overwrites: impl Fn(&Event) -> bool) -> impl Iterator<Item = &Event> {
     let over = events.iter().filter(|event| event.sure && overwrites(event));
     let bar = over.map(|event| event.issued).max().unwrap_or(0);
     events.iter().filter(move |event| event.ended.is_none_or(|ended| ended > bar))
@@ -176,7 +173,8 @@ impl Oracle {
         for (&sector, events) in &self.open {
             let last = after.settled[sector as usize];
             let old = possible(events, |event| event.durable);
-            let old = old.map(|event| Event { sure: false, durable: false, ..settled(event.value) });
+            let old =
+                old.map(|event| Event { sure: false, durable: false, ..settled(event.value) });
             let found = Event { issued: 1, ended: Some(2), durable: false, ..settled(last) };
             after.open.insert(sector, old.chain([found]).collect());
         }

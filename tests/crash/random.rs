@@ -1,6 +1,6 @@
 //! Random scenarios over many kinds of images.
 //!
-//! `QCOW2RS_SEED=n` runs one seed; `QCOW2RS_CRASH_ROUNDS=n` says how many are
+//! `QCOW2RS_SEED=n` runs one seed, by whichever test; `QCOW2RS_CRASH_ROUNDS=n` says how many are
 //! run for each kind.
 
 use super::images_taken::ImagesTaken;
@@ -16,27 +16,50 @@ pub fn number(variable: &str) -> Option<u64> {
 /// Seeds for each configuration, unless the environment says otherwise.
 const ROUNDS: u64 = 1;
 
-/// Runs the seeds of one family of configurations. A seed says which one it is.
-fn run(family: u64, configs: &[Config]) {
-    let count = configs.len() as u64;
+/// A test that runs seeds, and its configurations.
+type Family = (&'static str, fn() -> Vec<Config>);
+
+/// By the last digit of their seeds.
+const FAMILIES: [Family; 6] = [
+    ("random_requests_survive_crashes", configs),
+    ("random_requests_survive_crashes_in_direct_mode", direct),
+    ("random_requests_survive_faults", faulty),
+    ("random_requests_survive_those_given_up", hasty),
+    ("refcount_tables_grow", growing),
+    ("lazy_refcounts_survive_crashes", lazy),
+];
+
+/// Runs one seed, and returns how many crashes that were.
+fn run_seed(seed: u64, configs: &[Config]) -> u64 {
+    let config = configs[(seed / 10 % configs.len() as u64) as usize].clone();
     let qemu_every = if qemu::available() { 50 } else { 0 };
-    let run = |seed: u64| {
-        let config = configs[(seed / 10 % count) as usize].clone();
-        let scenario = Scenario::new(config, seed).show_qemu(qemu_every);
-        if let Err(failure) = scenario.run() {
-            panic!("{}", scenario.report(&failure));
-        }
-        scenario.crashes.get()
-    };
+    let scenario = Scenario::new(config, seed).show_qemu(qemu_every);
+    if let Err(failure) = scenario.run() {
+        panic!("{}", scenario.report(&failure));
+    }
+    scenario.crashes.get()
+}
+
+/// The family that a seed belongs to.
+fn family_of(seed: u64) -> Result<Family, String> {
+    FAMILIES.get((seed % 10) as usize).copied().ok_or_else(|| {
+        let last = FAMILIES.len() - 1;
+        format!("QCOW2RS_SEED={seed}: no random test has it; their seeds end with 0 to {last}")
+    })
+}
+
+/// Runs the seeds of one family; or the seed that is asked for, which may be of
+/// another: that one is run then, rather than nothing.
+fn run(family: u64) {
     let _images = ImagesTaken;
     if let Some(seed) = number("QCOW2RS_SEED") {
-        if seed % 10 == family {
-            run(seed);
-        }
+        let (test, configs) = family_of(seed).unwrap_or_else(|what| panic!("{what}"));
+        println!("seed {seed} is of {test}: {} crashes", run_seed(seed, &configs()));
         return;
     }
-    let rounds = number("QCOW2RS_CRASH_ROUNDS").unwrap_or(ROUNDS) * count;
-    let crashes: u64 = (0..rounds).map(|round| run(round * 10 + family)).sum();
+    let configs = FAMILIES[family as usize].1();
+    let rounds = number("QCOW2RS_CRASH_ROUNDS").unwrap_or(ROUNDS) * configs.len() as u64;
+    let crashes: u64 = (0..rounds).map(|round| run_seed(round * 10 + family, &configs)).sum();
     println!("{rounds} scenarios, {crashes} crashes");
     assert!(crashes >= rounds, "hardly any crashes");
 }
@@ -76,24 +99,29 @@ pub fn configs() -> Vec<Config> {
     kinds().into_iter().map(config).collect()
 }
 
-#[test]
-fn random_requests_survive_crashes() {
-    run(0, &configs());
-}
-
-#[test]
-fn random_requests_survive_crashes_in_direct_mode() {
+fn direct() -> Vec<Config> {
     let direct =
         |alignment| move |config: Config| Config { alignment, punch: alignment == 512, ..config };
     let sectors = configs().into_iter().map(direct(512));
-    let blocks = configs().into_iter().map(direct(4096));
-    run(1, &sectors.chain(blocks).collect::<Vec<_>>());
+    sectors.chain(configs().into_iter().map(direct(4096))).collect()
 }
 
-/// Refcounts may lag behind while the dirty bit is set, and only then; opening the
-/// image again makes all of them right.
-#[test]
-fn lazy_refcounts_survive_crashes() {
+fn faulty() -> Vec<Config> {
+    configs().into_iter().map(|config| Config { faults: true, ..config }).collect()
+}
+
+fn hasty() -> Vec<Config> {
+    configs().into_iter().map(|config| Config { give_up: true, ..config }).collect()
+}
+
+fn growing() -> Vec<Config> {
+    let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
+    let calm = config(crowded);
+    let hasty = Config { give_up: true, ..config(crowded) };
+    vec![calm, Config { faults: true, ..config(crowded) }, hasty]
+}
+
+fn lazy() -> Vec<Config> {
     let with = |faults, give_up| {
         move |kind| Config { faults, give_up, ..config(Kind { lazy: true, ..kind }) }
     };
@@ -102,27 +130,51 @@ fn lazy_refcounts_survive_crashes() {
     let some = || kinds.iter().copied().step_by(2).chain([crowded]);
     let few = || kinds.iter().copied().step_by(4);
     let all = some().map(with(false, false)).chain(few().map(with(true, false)));
-    run(5, &all.chain(few().map(with(false, true))).collect::<Vec<_>>());
+    all.chain(few().map(with(false, true))).collect()
 }
 
 #[test]
-fn refcount_tables_grow() {
-    let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
-    let calm = config(crowded);
-    let hasty = Config { give_up: true, ..config(crowded) };
-    run(4, &[calm, Config { faults: true, ..config(crowded) }, hasty]);
+fn random_requests_survive_crashes() {
+    run(0);
+}
+
+#[test]
+fn random_requests_survive_crashes_in_direct_mode() {
+    run(1);
 }
 
 #[test]
 fn random_requests_survive_faults() {
-    let faulty = configs().into_iter().map(|config| Config { faults: true, ..config });
-    run(2, &faulty.collect::<Vec<_>>());
+    run(2);
 }
 
 #[test]
 fn random_requests_survive_those_given_up() {
-    let hasty = configs().into_iter().map(|config| Config { give_up: true, ..config });
-    run(3, &hasty.collect::<Vec<_>>());
+    run(3);
+}
+
+#[test]
+fn refcount_tables_grow() {
+    run(4);
+}
+
+/// Refcounts may lag behind while the dirty bit is set, and only then; opening the
+/// image again makes all of them right.
+#[test]
+fn lazy_refcounts_survive_crashes() {
+    run(5);
+}
+
+#[test]
+fn a_seed_is_run_as_what_it_is_of_whoever_is_asked() {
+    for (digit, (test, _)) in (0..).zip(FAMILIES) {
+        let (found, configs) = family_of(130 + digit).unwrap();
+        assert_eq!(found, test);
+        assert!(run_seed(130 + digit, &configs()) > 0, "{test}: nothing was crashed");
+    }
+    for seed in 6..10 {
+        assert!(family_of(seed).unwrap_err().contains("end with 0 to 5"));
+    }
 }
 
 #[test]

@@ -80,7 +80,9 @@ pub fn for_seeds(name: &str, count: u64, test: impl Fn(u64)) {
     let rounds: u64 = std::env::var("QCOW2RS_ROUNDS").map_or(1, |n| n.parse().unwrap());
     for seed in 1..=count * rounds {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| test(seed))) {
-            eprintln!("replay: QCOW2RS_SEED={seed} cargo test --test {name}");
+            let thread = std::thread::current();
+            let test = thread.name().unwrap_or_default();
+            eprintln!("replay: QCOW2RS_SEED={seed} cargo test --test {name} {test}");
             resume_unwind(panic);
         }
     }
