@@ -83,4 +83,4 @@ pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, 
 pub use image::status::Extent;
 pub use image::zero::ZeroFlags;
 pub use io::storage::Source;
-pub use queue::{Completion, Engine, Queue, QueueOptions, Refused};
+pub use queue::{Buffer, Completion, Engine, Queue, QueueOptions, Refused};

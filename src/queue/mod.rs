@@ -25,6 +25,7 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::attached::poisoned;
 use crate::image::handle::{Image, WriteFlags, ZeroFlags};
+pub use crate::sys::buffer::Buffer;
 use crate::sys::memory::{GuestMut, GuestRef};
 use drive::Inner;
 pub use options::{Engine, QueueOptions};
@@ -47,7 +48,7 @@ pub struct Refused {
     /// Why: `Os(EAGAIN)` if the queue is full.
     pub error: Error,
     /// The buffer that came with it.
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
 }
 
 impl std::convert::From<Refused> for Error {
@@ -68,25 +69,26 @@ impl Queue {
         if self.0.engine.has_ring() { Engine::IoUring } else { Engine::Blocking }
     }
 
-    /// Reads as many bytes as the buffer has, which comes back with the completion.
+    /// Reads as many bytes as the buffer has, a `Vec<u8>` or an aligned [`Buffer`], which
+    /// comes back with the completion.
     pub fn read(
         &self,
-        buffer: Vec<u8>,
+        buffer: impl std::convert::Into<Buffer>,
         offset: u64,
         user_data: u64,
     ) -> std::result::Result<(), Refused> {
-        self.accept(Work::Read(Into::Owned(buffer), offset), user_data)
+        self.accept(Work::Read(Into::Owned(buffer.into()), offset), user_data)
     }
 
     /// Writes the buffer, which comes back with the completion.
     pub fn write(
         &self,
-        buffer: Vec<u8>,
+        buffer: impl std::convert::Into<Buffer>,
         offset: u64,
         flags: WriteFlags,
         user_data: u64,
     ) -> std::result::Result<(), Refused> {
-        self.accept(Work::Write(From::Owned(buffer), offset, flags), user_data)
+        self.accept(Work::Write(From::Owned(buffer.into()), offset, flags), user_data)
     }
 
     /// Makes a range read as zero.

@@ -11,6 +11,7 @@ use crate::image::disk::Disk;
 use crate::image::handle::{WriteFlags, ZeroFlags};
 use crate::io::engine::{Piece, Target};
 use crate::io::ring::RingEngine;
+use crate::sys::buffer::Buffer;
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// Memory of a request that reads.
@@ -18,7 +19,7 @@ pub enum Into {
     /// The caller's, who keeps it until the completion.
     Guest(GuestMut<'static>),
     /// Ours, until the completion hands it back.
-    Owned(Vec<u8>),
+    Owned(Buffer),
 }
 
 /// Memory of a request that writes.
@@ -26,7 +27,7 @@ pub enum From {
     /// The caller's, who keeps it until the completion.
     Guest(GuestRef<'static>),
     /// Ours, until the completion hands it back.
-    Owned(Vec<u8>),
+    Owned(Buffer),
 }
 
 /// What is asked for.
@@ -54,7 +55,7 @@ pub struct Request {
 /// How a request ended; the buffer that it owned.
 pub struct Outcome {
     pub result: Result<()>,
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
 }
 
 impl Request {
@@ -108,7 +109,7 @@ impl Request {
 
 impl Work {
     /// The buffer that comes with it.
-    pub fn into_buffer(self) -> Option<Vec<u8>> {
+    pub fn into_buffer(self) -> Option<Buffer> {
         match self {
             Work::Read(Into::Owned(bytes), _) | Work::Write(From::Owned(bytes), _, _) => {
                 Some(bytes)

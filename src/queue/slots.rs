@@ -15,6 +15,7 @@ use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ring::RingEngine;
+use crate::sys::buffer::Buffer;
 
 /// How a request ended.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ pub struct Completion {
     pub result: Result<()>,
     /// The buffer that was given with the request; a read that succeeded has filled
     /// it.
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
 }
 
 /// All requests of a queue.

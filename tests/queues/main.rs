@@ -7,6 +7,7 @@
 mod support;
 
 mod behaviour;
+mod buffers;
 mod mixed;
 mod model;
 mod sandboxed;
