@@ -180,8 +180,8 @@ impl Image {
     pub fn close(&self) -> Result<()> {
         let mut all = self.doors()?;
         self.queues.finish()?;
-        let disk = self.disk()?;
-        let settled = block_on(disk.settle(&Blocking));
+        // After a panic there is nothing to settle: it is released as it is.
+        let settled = self.disk().and_then(|disk| block_on(disk.settle(&Blocking)));
         all.replace(None);
         settled
     }

@@ -10,6 +10,7 @@ mod behaviour;
 mod buffers;
 mod mixed;
 mod model;
+mod panics;
 mod sandboxed;
 
 use std::sync::Arc;
