@@ -129,8 +129,9 @@ pub fn tell_memory(path: &Path) {
 }
 
 fn memory_of_qemu(path: &Path) -> u64 {
-    let mut command = Command::new("qemu-io");
-    command.args(["-f", "qcow2", "-t", "writeback"]).arg(path);
+    // Into a pipe, it would keep its answers to itself until it ends.
+    let mut command = Command::new("stdbuf");
+    command.args(["-oL", "qemu-io", "-f", "qcow2", "-t", "writeback"]).arg(path);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-io runs");
     let mut commands = child.stdin.take().expect("a pipe");
