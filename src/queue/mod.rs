@@ -18,6 +18,7 @@ mod ready;
 mod request;
 mod slots;
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +50,18 @@ pub struct Refused {
     pub error: Error,
     /// The buffer that came with it.
     pub buffer: Option<Buffer>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Refused {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
 }
 
 impl std::convert::From<Refused> for Error {
