@@ -68,6 +68,13 @@ mod queue;
 
 pub mod admin;
 
+/// What benches/hot.rs measures; no part of the API.
+#[cfg(feature = "sim")]
+#[doc(hidden)]
+pub mod hot {
+    pub use crate::metadata::cache::SliceCache;
+}
+
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod capi;
