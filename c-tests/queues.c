@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <time.h>
 
@@ -452,6 +453,8 @@ static void read_only(const char *path)
     fails(q, EROFS);
     CHECK_OK(qcow2rs_queue_write_zeroes(q, 0, 512, 0, NULL));
     fails(q, EROFS);
+    CHECK_OK(qcow2rs_queue_discard(q, 0, 512, 0, NULL));
+    fails(q, EROFS);
     CHECK_OK(qcow2rs_queue_flush(q, 0, NULL));
     succeeds(q, NULL);
     /* An idle queue survives. */
@@ -464,6 +467,65 @@ static void read_only(const char *path)
     succeeds(q, NULL);
     qcow2rs_queue_destroy(&q);
     CHECK_OK(qcow2rs_close(&img));
+}
+
+/* A queue that goes carries out what it accepted; what is nobody's is dropped. */
+static void destroyed(struct qcow2rs_image *img)
+{
+    static unsigned char data[8][BLOCK], read[BLOCK];
+    struct qcow2rs_queue *q = new_queue(img, 8);
+    int i;
+
+    for (i = 0; i < 8; i++) {
+        fill(data[i], BLOCK, 200u + (unsigned)i);
+        CHECK_OK(qcow2rs_queue_pwrite(q, data[i], BLOCK, BLOCK * (uint64_t)i, 0,
+                                      data[i]));
+        if (i == 3) {
+            CHECK_EQ(qcow2rs_queue_submit(q), 4);
+        }
+    }
+    CHECK_EQ(qcow2rs_queue_in_flight(q), 8);
+    qcow2rs_queue_destroy(&q);
+    CHECK(q == NULL);
+    for (i = 0; i < 8; i++) {
+        CHECK_OK(qcow2rs_pread(img, read, BLOCK, BLOCK * (uint64_t)i, 0));
+        CHECK(memcmp(read, data[i], BLOCK) == 0);
+    }
+}
+
+/* Nothing is left of a queue that there are no descriptors for. */
+static void few_descriptors(struct qcow2rs_image *img)
+{
+    struct qcow2rs_queue *q = NULL, *made[64];
+    struct rlimit before, few;
+    int i, count, round, counts[2] = {0, 0};
+
+    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+    few = before;
+    few.rlim_cur = 32;
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+    for (round = 0; round < 2; round++) {
+        for (count = 0; count < 64; count++) {
+            int ret = qcow2rs_queue_create(img, NULL, &made[count]);
+
+            if (ret < 0) {
+                CHECK_EQ(ret, -EMFILE);
+                CHECK(made[count] == NULL);
+                break;
+            }
+        }
+        CHECK(count > 0 && count < 64);
+        counts[round] = count;
+        for (i = 0; i < count; i++) {
+            qcow2rs_queue_destroy(&made[i]);
+        }
+    }
+    CHECK_EQ(counts[0], counts[1]);
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+    q = new_queue(img, 1);
+    CHECK_OK(qcow2rs_queue_flush(q, 0, NULL));
+    succeeds(q, NULL);
+    qcow2rs_queue_destroy(&q);
 }
 
 /* Close and abandon take the queues along. */
@@ -537,6 +599,8 @@ static void all(void)
     full(img);
     event_loop(img);
     descriptor(img);
+    destroyed(img);
+    few_descriptors(img);
     CHECK_OK(qcow2rs_close(&img));
     read_only(path);
     with_the_image(path);

@@ -31,7 +31,7 @@ fetch() {
     { "${apt[@]}" update && "${apt[@]}" source --download-only fio; } ||
         skip 'the source package cannot be downloaded'
     mkdir tree
-    tar xf fio_*.orig.tar.* -C tree --strip-components 1
+    tar xf fio_*.orig.tar.?z -C tree --strip-components 1
     cd tree
     { ./configure --disable-native && make -j"$(nproc)" fio; } > build.log 2>&1 || {
         tail -n 20 build.log >&2

@@ -68,6 +68,13 @@ mod queue;
 
 pub mod admin;
 
+/// What benches/hot.rs measures; no part of the API.
+#[cfg(feature = "sim")]
+#[doc(hidden)]
+pub mod hot {
+    pub use crate::metadata::cache::SliceCache;
+}
+
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod capi;
@@ -83,4 +90,4 @@ pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, 
 pub use image::status::Extent;
 pub use image::zero::ZeroFlags;
 pub use io::storage::Source;
-pub use queue::{Completion, Engine, Queue, QueueOptions, Refused};
+pub use queue::{Buffer, Completion, Engine, Queue, QueueOptions, Refused};

@@ -81,3 +81,20 @@ fn wrong_calls_say_how_and_wrong_files_say_which() {
     run_err("overlay", &[there, there], 1);
     assert_eq!(fs::read_to_string(there).unwrap(), "something");
 }
+
+#[test]
+fn a_queue_scans_a_disk_into_aligned_buffers() {
+    // Where there is direct I/O.
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("image");
+    // The end is no multiple of a piece.
+    let size = (3 << 20) + 5 * 512;
+    qemu_ok("qemu-img", &["create", "-q", "-f", "qcow2", text(&path), &size.to_string()]);
+    support::qemu_io(&path, &["write -P 7 60k 1M".into(), "write -P 8 3M 1k".into()]);
+    let said = run_ok("scan", &[path.as_os_str()]);
+    let zeroes = size - (1 << 20) - 1024;
+    assert_eq!(String::from_utf8(said).unwrap(), format!("{zeroes} bytes are zero\n"));
+    assert!(run_err("scan", &[], 2).starts_with("usage: scan "));
+    let missing = directory.path().join("missing");
+    assert!(run_err("scan", &[missing.as_os_str()], 1).contains("No such file"));
+}

@@ -1,7 +1,7 @@
 //! Chains of overlays, read down to their base: what a link costs in time and memory.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -129,21 +129,19 @@ pub fn tell_memory(path: &Path) {
 }
 
 fn memory_of_qemu(path: &Path) -> u64 {
-    let mut command = Command::new("qemu-io");
-    command.args(["-f", "qcow2", "-t", "writeback"]).arg(path);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-io runs");
-    let mut commands = child.stdin.take().expect("a pipe");
+    // Into a pipe, it would keep its answers to itself until it ends.
+    let mut command = Command::new("stdbuf");
+    command.args(["-oL", "qemu-io", "-r", "-f", "qcow2", "-t", "writeback"]);
     for offset in everywhere() {
-        writeln!(commands, "read -q {offset} {REQUEST}").expect("qemu-io listens");
+        command.args(["-c", &format!("read -q {offset} {REQUEST}")]);
     }
-    // Its answer comes when all before it is done.
-    writeln!(commands, "length").expect("qemu-io listens");
-    let mut answers = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-    let told = answers.any(|line| line.expect("text").contains("GiB"));
-    assert!(told, "qemu-io tells the length");
-    let bytes = resident(&child.id().to_string());
-    drop(commands);
-    assert!(child.wait().expect("qemu-io ends").success());
-    bytes
+    // Its answer comes when all before it is done; after that it stays, for a while.
+    command.args(["-c", "length", "-c", "sleep 600000"]).arg(path);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("qemu-io runs");
+    let answers = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let told = answers.map(|line| line.expect("text")).any(|line| line.contains("GiB"));
+    let bytes = told.then(|| resident(&child.id().to_string()));
+    child.kill().expect("it is there");
+    child.wait().expect("it ends");
+    bytes.expect("qemu-io tells the length")
 }

@@ -99,7 +99,7 @@ fn targets(all: &[Measured], under: &str) -> String {
         svg.bar((left, y + 3.0), part * unit, step - 6.0, colour);
         let note = if verdict.text.starts_with("met:") { " (raw file: no more room)" } else { "" };
         let reached = format!("{:.2} of {least}{note}", verdict.median);
-        svg.text((left + part * unit + 6.0, y + 13.0), Anchor::Start, 11.0, &reached);
+        svg.text((left + part.max(1.0) * unit + 6.0, y + 13.0), Anchor::Start, 11.0, &reached);
     }
     svg.line((left + unit, top - 6.0), (left + unit, height + 4.0), INK, 1.5);
     svg.text((left + unit, top - 10.0), Anchor::Middle, 11.0, "target");

@@ -7,11 +7,12 @@ use std::ptr;
 use std::sync::Barrier;
 use std::time::Instant;
 
+use qcow2rs::Buffer;
 use qcow2rs::capi::*;
 
 use crate::common::disk::{Disk, check};
 use crate::common::pattern::{Pattern, REQUEST};
-use crate::common::{FILL, Operation, Page};
+use crate::common::{FILL, Operation};
 use crate::row::Job;
 use crate::run::Outcome;
 
@@ -29,8 +30,9 @@ struct Queue {
     read: Read,
     write: Write,
     wait: Wait,
-    pages: Vec<Page>,
-    free: Vec<*mut Page>,
+    /// A page for each request, where `free` and those in flight point to.
+    pages: Buffer,
+    free: Vec<*mut u8>,
     done: Vec<qcow2rs_completion>,
 }
 
@@ -47,8 +49,9 @@ impl Queue {
             check(qcow2rs_queue_create(disk.handle(), opts, &mut queue), "queue");
             qcow2rs_queue_opts_free(&mut opts);
         }
-        let mut pages = vec![Page([FILL; REQUEST as usize]); depth];
-        let free = pages.iter_mut().map(ptr::from_mut).collect();
+        let mut pages = Buffer::aligned(depth * REQUEST as usize).expect("memory");
+        pages.fill(FILL);
+        let free = pages.chunks_exact_mut(REQUEST as usize).map(|page| page.as_mut_ptr()).collect();
         let nothing = qcow2rs_completion {
             user_data: ptr::null_mut(),
             error_message: ptr::null(),
@@ -68,7 +71,7 @@ impl Queue {
     }
 
     #[inline]
-    fn submit(&self, operation: Operation, page: *mut Page, offset: u64) {
+    fn submit(&self, operation: Operation, page: *mut u8, offset: u64) {
         let (queue, length) = (self.queue, REQUEST as usize);
         // SAFETY: a live queue, and a page that nobody else uses.
         let accepted = unsafe {
@@ -87,8 +90,14 @@ impl Queue {
     #[inline]
     fn complete(&mut self) -> usize {
         let (array, max) = (self.done.as_mut_ptr(), self.done.len() as c_int);
-        // SAFETY: a live queue, and an array as long as said.
-        let count = check(unsafe { (self.wait)(self.queue, array, 1, max, -1) }, "wait") as usize;
+        let count = loop {
+            // SAFETY: a live queue, and an array as long as said.
+            match unsafe { (self.wait)(self.queue, array, 1, max, -1) } {
+                // Somebody has stopped this program for a while.
+                interrupted if interrupted == -libc::EINTR => {}
+                count => break check(count, "wait") as usize,
+            }
+        };
         for completion in &self.done[..count] {
             assert_eq!(completion.ret, 0, "a request fails");
             self.free.push(completion.user_data.cast());
@@ -141,7 +150,7 @@ impl Drop for Queue {
     fn drop(&mut self) {
         // SAFETY: a live queue, which nobody else uses; the pages are still there.
         unsafe { qcow2rs_queue_destroy(&mut self.queue) };
-        self.pages.clear();
+        self.pages[0] = 0;
     }
 }
 

@@ -1,15 +1,17 @@
 //! The least that can be done: io_uring, or plain calls, on a raw file.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Instant;
 
 use io_uring::{IoUring, opcode, types};
+use qcow2rs::Buffer;
 
 use crate::common::pattern::{Pattern, REQUEST};
-use crate::common::{FILL, Operation, Page};
+use crate::common::{FILL, Operation};
 use crate::row::Job;
 
 fn open(job: &Job, path: &Path) -> File {
@@ -18,12 +20,18 @@ fn open(job: &Job, path: &Path) -> File {
     options.read(true).write(true).custom_flags(flags).open(path).expect("opens")
 }
 
+fn pages(count: usize) -> Buffer {
+    let mut pages = Buffer::aligned(count * REQUEST as usize).expect("memory");
+    pages.fill(FILL);
+    pages
+}
+
 /// Carries the job out by io_uring; returns seconds.
 pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
     let file = open(job, path);
     let fd = types::Fd(file.as_raw_fd());
     let mut ring = IoUring::new((job.depth as u32).next_power_of_two()).expect("io_uring");
-    let mut pages = vec![Page([FILL; REQUEST as usize]); job.depth];
+    let mut pages = pages(job.depth);
     let mut free: Vec<usize> = (0..job.depth).collect();
     let mut offsets = pattern.offsets();
     let mut in_flight = 0;
@@ -31,7 +39,7 @@ pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
     loop {
         while let Some(index) = free.pop() {
             let Some(offset) = offsets.next() else { break };
-            let page = pages[index].0.as_mut_ptr();
+            let page = pages[index * REQUEST as usize..].as_mut_ptr();
             let entry = match job.operation {
                 Operation::Read => {
                     opcode::Read::new(fd, page, REQUEST as u32).offset(offset).build()
@@ -47,7 +55,11 @@ pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
         if in_flight == 0 {
             return start.elapsed().as_secs_f64();
         }
-        ring.submit_and_wait(1).expect("submits");
+        match ring.submit_and_wait(1) {
+            // Somebody has stopped this program for a while.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => drop(result.expect("submits")),
+        }
         for completion in ring.completion() {
             assert_eq!(completion.result(), REQUEST as i32);
             free.push(completion.user_data() as usize);
@@ -59,12 +71,12 @@ pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
 /// Carries the job out by one call after the other; returns seconds.
 pub fn calls(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
     let file = open(job, path);
-    let mut page = Page([FILL; REQUEST as usize]);
+    let mut page = pages(1);
     let start = Instant::now();
     for offset in pattern.offsets() {
         match job.operation {
-            Operation::Read => file.read_exact_at(&mut page.0, offset).expect("reads"),
-            Operation::Write => file.write_all_at(&page.0, offset).expect("writes"),
+            Operation::Read => file.read_exact_at(&mut page, offset).expect("reads"),
+            Operation::Write => file.write_all_at(&page, offset).expect("writes"),
         }
     }
     start.elapsed().as_secs_f64()

@@ -1,11 +1,11 @@
 //! Carrying a row out: files for each run, how many requests, all sides in turns.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::common::disk;
 use crate::common::files::Files;
-use crate::common::pattern::Pattern;
+use crate::common::pattern::{Pattern, REQUEST};
 use crate::common::qemu::{self, Aio, Bench};
 use crate::common::{Layout, Operation};
 use crate::row::{Job, Row, Who};
@@ -48,10 +48,10 @@ pub struct Measured {
 
 /// All rounds of a row. The sides take turns, and another one begins in each round.
 pub fn measure(row: Row, files: &Files, rounds: usize) -> Measured {
-    let direct = row.sides[0].1.direct;
+    let Job { direct, fresh, .. } = row.sides[0].1;
     if direct {
         files.chill();
-    } else {
+    } else if !fresh {
         files.warm();
     }
     let mut sides: Vec<_> = row.sides.iter().map(|(name, job)| plan(name, *job, files)).collect();
@@ -59,13 +59,9 @@ pub fn measure(row: Row, files: &Files, rounds: usize) -> Measured {
         for turn in 0..sides.len() {
             let index = (round + turn) % sides.len();
             let side = &mut sides[index];
-            let path = prepare(&side.job, files, &format!("round-{round}-{index}"));
-            side.last = run(side, &path, side.count).unwrap_or_else(|error| panic!("{error}"));
+            let outcome = run(side, files, side.count);
+            side.last = outcome.unwrap_or_else(|error| panic!("{error}"));
             side.rates.push(side.count as f64 / side.last.seconds);
-        }
-        // To remove a file is work for the kernel: not while something is measured.
-        for index in 0..sides.len() {
-            tidy(&sides[index].job, files, &format!("round-{round}-{index}"));
         }
     }
     Measured { row, sides }
@@ -74,9 +70,14 @@ pub fn measure(row: Row, files: &Files, rounds: usize) -> Measured {
 /// Tries how many requests a side manages, and QEMU, which way of I/O is its best.
 fn plan(name: &str, job: Job, files: &Files) -> Side {
     let size = job.size();
-    // No cluster is met twice where each write is to allocate.
-    let most = if job.fresh { size / job.cluster } else { 4 * size / 4096 };
-    let step = Pattern::scattered(size, job.cluster, most.min(size / 4096)).step;
+    let most = match (job.fresh, job.operation, job.direct) {
+        // No cluster is met twice where each write is to allocate.
+        (true, ..) => size / job.cluster,
+        // They must be written out after each round.
+        (false, Operation::Write, false) => size / REQUEST / 2,
+        _ => size / REQUEST * 4,
+    };
+    let step = Pattern::scattered(size, job.cluster, most.min(size / REQUEST)).step;
     let pattern = Pattern { size, step, count: most };
     let aios = if job.who == Who::Qemu { Aio::all(job.direct) } else { &[Aio::IoUring] };
     let mut best: Option<(Aio, f64)> = None;
@@ -85,10 +86,7 @@ fn plan(name: &str, job: Job, files: &Files) -> Side {
         let side = Side { name, job, count: most, rates: Vec::new(), last, pattern, aio };
         let mut count = 64.min(most);
         let rate = loop {
-            let path = prepare(&job, files, "trial");
-            let outcome = run(&side, &path, count);
-            tidy(&job, files, "trial");
-            match outcome {
+            match run(&side, files, count) {
                 Ok(outcome) if outcome.seconds < TRIAL && count < most => {
                     count = (count * 8).min(most);
                 }
@@ -111,19 +109,15 @@ fn plan(name: &str, job: Job, files: &Files) -> Side {
     Side { name, job, count, rates: Vec::new(), last: Outcome::default(), pattern, aio }
 }
 
-fn fresh(files: &Files, run: &str) -> PathBuf {
-    files.directory.join(format!("queues-{run}"))
-}
-
 /// The file for a run.
-fn prepare(job: &Job, files: &Files, run: &str) -> PathBuf {
+fn prepare(job: &Job, files: &Files) -> PathBuf {
     if !job.fresh {
         return match job.who {
             Who::Ours | Who::Qemu => files.full.clone(),
             Who::Raw | Who::Calls => files.raw.clone(),
         };
     }
-    let path = fresh(files, run);
+    let path = files.directory.join("queues-fresh");
     let layout = Layout { size: job.size(), cluster: job.cluster, extended: job.extended };
     match job.who {
         Who::Ours => disk::create(&path, &files.base, c"raw", layout),
@@ -137,29 +131,26 @@ fn prepare(job: &Job, files: &Files, run: &str) -> PathBuf {
     path
 }
 
-fn tidy(job: &Job, files: &Files, run: &str) {
-    if job.fresh {
-        std::fs::remove_file(fresh(files, run)).expect("it is there");
-    }
-}
-
-/// One run of so many requests. Leaves everything on the disk, so that no run pays
-/// for what another one wrote.
-fn run(side: &Side, path: &Path, count: u64) -> Result<Outcome, String> {
+/// One run of so many requests. Nothing of it is left to be written out, so that no run
+/// pays for another one: what was fresh goes before it reaches the disk.
+fn run(side: &Side, files: &Files, count: u64) -> Result<Outcome, String> {
     let pattern = &Pattern { count, ..side.pattern };
     let job = &side.job;
+    let path = &prepare(job, files);
     let outcome = match job.who {
-        Who::Ours => ours::run(job, path, pattern),
-        Who::Raw => Outcome { seconds: raw::ring(job, path, pattern), ..Outcome::default() },
-        Who::Calls => Outcome { seconds: raw::calls(job, path, pattern), ..Outcome::default() },
+        Who::Ours => Ok(ours::run(job, path, pattern)),
+        Who::Raw => Ok(Outcome { seconds: raw::ring(job, path, pattern), ..Outcome::default() }),
+        Who::Calls => Ok(Outcome { seconds: raw::calls(job, path, pattern), ..Outcome::default() }),
         Who::Qemu => {
             let Job { operation, direct, depth, flush, l2_cache, .. } = *job;
             let bench = Bench { aio: side.aio, operation, direct, pattern, depth, flush, l2_cache };
-            Outcome { seconds: bench.run(path)?, ..Outcome::default() }
+            bench.run(path).map(|seconds| Outcome { seconds, ..Outcome::default() })
         }
     };
-    if job.operation == Operation::Write {
+    if job.fresh {
+        std::fs::remove_file(path).expect("it is there");
+    } else if job.operation == Operation::Write {
         File::open(path).and_then(|file| file.sync_all()).expect("syncs");
     }
-    Ok(outcome)
+    outcome
 }

@@ -185,8 +185,11 @@ impl Image {
     async fn close_by<E: Engine>(&self, engine: &E) -> Result<()> {
         let mut all = self.doors()?;
         self.queues.finish().await?;
-        let disk = self.disk()?;
-        let settled = disk.settle(engine).await;
+        // After a panic there is nothing to settle: it is released as it is.
+        let settled = match self.disk() {
+            Ok(disk) => disk.settle(engine).await,
+            Err(error) => Err(error),
+        };
         all.replace(None);
         settled
     }

@@ -21,6 +21,7 @@ mod ready;
 mod request;
 mod slots;
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::attached::poisoned;
 use crate::image::handle::{Image, WriteFlags, ZeroFlags};
 use crate::io::ring::RingEngine;
+pub use crate::sys::buffer::Buffer;
 use crate::sys::memory::{GuestMut, GuestRef};
 use drive::Inner;
 pub use options::{Engine, QueueOptions};
@@ -51,7 +53,19 @@ pub struct Refused {
     /// Why: `Os(EAGAIN)` if the queue is full.
     pub error: Error,
     /// The buffer that came with it.
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Refused {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
 }
 
 impl std::convert::From<Refused> for Error {
@@ -72,25 +86,26 @@ impl Queue {
         if self.0.engine.has_ring() { Engine::IoUring } else { Engine::Blocking }
     }
 
-    /// Reads as many bytes as the buffer has, which comes back with the completion.
+    /// Reads as many bytes as the buffer has, a `Vec<u8>` or an aligned [`Buffer`], which
+    /// comes back with the completion.
     pub fn read(
         &self,
-        buffer: Vec<u8>,
+        buffer: impl std::convert::Into<Buffer>,
         offset: u64,
         user_data: u64,
     ) -> std::result::Result<(), Refused> {
-        self.accept(Work::Read(Into::Owned(buffer), offset), user_data)
+        self.accept(Work::Read(Into::Owned(buffer.into()), offset), user_data)
     }
 
     /// Writes the buffer, which comes back with the completion.
     pub fn write(
         &self,
-        buffer: Vec<u8>,
+        buffer: impl std::convert::Into<Buffer>,
         offset: u64,
         flags: WriteFlags,
         user_data: u64,
     ) -> std::result::Result<(), Refused> {
-        self.accept(Work::Write(From::Owned(buffer), offset, flags), user_data)
+        self.accept(Work::Write(From::Owned(buffer.into()), offset, flags), user_data)
     }
 
     /// Makes a range read as zero.

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::image::disk::Disk;
 use crate::image::handle::{WriteFlags, ZeroFlags};
 use crate::io::engine::{Engine, Piece, Target};
+use crate::sys::buffer::Buffer;
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// Memory of a request that reads.
@@ -17,7 +18,7 @@ pub enum Into {
     /// The caller's, who keeps it until the completion.
     Guest(GuestMut<'static>),
     /// Ours, until the completion hands it back.
-    Owned(Vec<u8>),
+    Owned(Buffer),
 }
 
 /// Memory of a request that writes.
@@ -25,7 +26,7 @@ pub enum From {
     /// The caller's, who keeps it until the completion.
     Guest(GuestRef<'static>),
     /// Ours, until the completion hands it back.
-    Owned(Vec<u8>),
+    Owned(Buffer),
 }
 
 /// What is asked for.
@@ -53,7 +54,7 @@ pub struct Request {
 /// How a request ended; the buffer that it owned.
 pub struct Outcome {
     pub result: Result<()>,
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
 }
 
 impl Request {
@@ -110,7 +111,7 @@ impl Request {
 
 impl Work {
     /// The buffer that comes with it.
-    pub fn into_buffer(self) -> Option<Vec<u8>> {
+    pub fn into_buffer(self) -> Option<Buffer> {
         match self {
             Work::Read(Into::Owned(bytes), _) | Work::Write(From::Owned(bytes), _, _) => {
                 Some(bytes)

@@ -17,6 +17,7 @@ use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::ring::Landed;
+use crate::sys::buffer::Buffer;
 
 /// So many requests that start at once go to a ring, even if each of them could be
 /// done at once (measured: see docs/performance.md).
@@ -31,7 +32,7 @@ pub struct Completion {
     pub result: Result<()>,
     /// The buffer that was given with the request; a read that succeeded has filled
     /// it.
-    pub buffer: Option<Vec<u8>>,
+    pub buffer: Option<Buffer>,
 }
 
 /// All requests of a queue.

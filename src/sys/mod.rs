@@ -2,6 +2,7 @@
 //! It knows nothing of images; only `io` uses its system calls.
 #![allow(unsafe_code)]
 
+pub mod buffer;
 pub mod event;
 pub mod file;
 pub mod lock;

@@ -7,8 +7,10 @@
 mod support;
 
 mod behaviour;
+mod buffers;
 mod mixed;
 mod model;
+mod panics;
 mod sandboxed;
 
 use std::sync::Arc;

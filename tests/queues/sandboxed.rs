@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use qcow2rs::{CreateOptions, Engine, OpenOptions, Queue, QueueOptions};
+use qcow2rs::{CreateOptions, Engine, OpenOptions, Queue, QueueOptions, WriteFlags};
 
 use crate::support::Scratch;
 
@@ -57,6 +57,55 @@ fn without_io_uring_everything_works_all_the_same() {
         return;
     }
     run(&["behaviour", "mixed", "model"], &[("QCOW2RS_NO_IO_URING", "1")], forbid_io_uring);
+}
+
+/// Set in the process that may not lock memory.
+const NO_LOCKED_MEMORY: &str = "QCOW2RS_NO_LOCKED_MEMORY";
+
+/// Old kernels count rings as locked memory, whose limit is 0 here; nor does being
+/// root help any more.
+fn no_locked_memory() -> io::Result<()> {
+    const CAP_IPC_LOCK: libc::c_ulong = 14;
+    let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the limit lives until the call returns; the rest are numbers.
+    unsafe {
+        check(libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit).into())?;
+        // Root only may do so, and needs to.
+        if libc::geteuid() == 0 {
+            check(libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK).into())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn without_locked_memory_queues_work_with_a_ring_or_without() {
+    if std::env::var(NO_LOCKED_MEMORY).is_err() {
+        let name = "sandboxed::without_locked_memory_queues_work_with_a_ring_or_without";
+        return run(&[name, "--exact"], &[(NO_LOCKED_MEMORY, "1")], no_locked_memory);
+    }
+    let scratch = Scratch::new();
+    let mut options = CreateOptions::default();
+    options.size = Some(1 << 20);
+    let path = scratch.path("image");
+    let image = qcow2rs::create_path_open(&path, true, &options, &OpenOptions::new());
+    let image = image.map(Arc::new).unwrap();
+    let mut queues = Vec::new();
+    for number in 0..8_u64 {
+        let mut options = QueueOptions::new();
+        options.set_depth(1024).unwrap();
+        let queue = Queue::new(&image, &options).unwrap();
+        let bytes = vec![number as u8 + 1; 4096];
+        queue.write(bytes, number * 4096, WriteFlags::default(), number).unwrap();
+        queues.push(queue);
+    }
+    for (queue, number) in queues.iter().zip(0_u64..) {
+        crate::one(queue).result.unwrap();
+        queue.read(vec![0; 4096], number * 4096, number).unwrap();
+        assert_eq!(crate::one(queue).buffer.unwrap(), [number as u8 + 1; 4096]);
+    }
+    drop(queues);
+    image.close().unwrap();
 }
 
 fn few_descriptors() -> io::Result<()> {
