@@ -46,8 +46,8 @@ pub trait QueueEngine: Engine + 'static {
     fn has_ring(&self) -> bool;
     /// The ring's descriptor: readable while there are completions.
     fn fd(&self) -> Option<RawFd>;
-    /// Hands over what was put into the queue since the last time.
-    fn submit(&self) -> SysResult<()>;
+    /// Hands over what was put into the queue since the last time; `false`: not all.
+    fn submit(&self) -> SysResult<bool>;
     /// Whether something has completed.
     fn has_completions(&self) -> bool;
     /// Operations under way.
@@ -79,7 +79,7 @@ impl QueueEngine for RingEngine {
         RingEngine::fd(self)
     }
 
-    fn submit(&self) -> SysResult<()> {
+    fn submit(&self) -> SysResult<bool> {
         RingEngine::submit(self)
     }
 

@@ -36,6 +36,8 @@ pub struct Slots<E: QueueEngine> {
     accepted: VecDeque<usize>,
     completed: VecDeque<Completion>,
     depth: usize,
+    /// Operations are left that the kernel did not take: it is to be asked again.
+    pub unsubmitted: bool,
 }
 
 struct Slot<E: QueueEngine> {
@@ -59,6 +61,7 @@ impl<E: QueueEngine> Slots<E> {
             accepted: VecDeque::new(),
             completed: VecDeque::new(),
             depth,
+            unsubmitted: false,
         }
     }
 
