@@ -18,6 +18,8 @@ mod engine;
 mod options;
 mod ready;
 mod request;
+#[cfg(feature = "sim")]
+mod sim;
 mod slots;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +34,8 @@ use crate::sys::memory::{GuestMut, GuestRef};
 use drive::Inner;
 pub use options::{Engine, QueueOptions};
 use request::{From, Into, Work};
+#[cfg(feature = "sim")]
+pub use sim::SimQueue;
 pub use slots::Completion;
 
 /// Asynchronous requests on an image. Calls on one queue are carried out one after

@@ -125,6 +125,21 @@ fn random_requests_survive_those_given_up() {
     run(3, &hasty.collect::<Vec<_>>());
 }
 
+fn with_queues() -> Vec<Config> {
+    configs().into_iter().map(|config| Config { queues: true, ..config }).collect()
+}
+
+#[test]
+fn queues_survive_crashes() {
+    run(6, &with_queues());
+}
+
+#[test]
+fn queues_survive_faults() {
+    let faulty = with_queues().into_iter().map(|config| Config { faults: true, ..config });
+    run(7, &faulty.collect::<Vec<_>>());
+}
+
 #[test]
 fn one_seed_tells_one_story() {
     let kind = Kind { backing: true, ..SMALL };
