@@ -78,6 +78,7 @@ impl Queues {
     pub async fn finish(&self) -> Result<()> {
         for queue in self.all() {
             queue.finish().await?;
+            mutant!(CloseForgetsQueues => break);
         }
         Ok(())
     }

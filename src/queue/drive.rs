@@ -189,7 +189,7 @@ impl<E: QueueEngine> Inner<E> {
                 continue;
             }
             self.publish(slots);
-            slots.unsubmitted = submitted == Ok(false);
+            slots.unsubmitted = submitted == Ok(false) && !mutant!(UnsubmittedForgotten);
             if let Err(errno) = submitted {
                 return Err(Error::os(errno, "submitting to io_uring"));
             }
@@ -208,6 +208,7 @@ impl<E: QueueEngine> Inner<E> {
     /// Makes the completion descriptor readable if there are completions, or if
     /// nothing else may tell that the kernel is to be asked again.
     fn tell(&self, slots: &Slots<E>) {
+        mutant!(RestNotTold => return);
         if slots.completed() > 0 || slots.unsubmitted {
             self.ready.bell().signal();
         }
@@ -289,7 +290,7 @@ impl<E: QueueEngine> Inner<E> {
         // Requests without an operation of their own wait for somebody else's.
         if slots.unfinished() > self.engine.flying() {
             let me = self.engine.this_thread();
-            let others = self.others(|other| other.last_driver() == me);
+            let others = self.others(|other| other.last_driver() == me && !mutant!(WaitedAlone));
             if !others.is_empty() {
                 return self.block_with(slots, &others, left).await;
             }
@@ -356,7 +357,8 @@ impl<E: QueueEngine> Inner<E> {
             if slots.unfinished() == 0 {
                 break;
             }
-            let others = self.others(|_| true);
+            mutant!(DrainLeavesWaiting => if self.engine.flying() == 0 { break });
+            let others = self.others(|_| !mutant!(DrainedAlone));
             // A signal is no reason to give up, nor is anything else.
             let _ = self.block_with(slots, &others, None).await;
         }

@@ -24,7 +24,8 @@ pub struct Completion {
     /// As a blocking call would return it.
     pub result: Result<()>,
     /// The buffer that was given with the request; a read that succeeded has filled
-    /// it.
+    /// it. `None` also if the request was under way when it was given up: its image was
+    /// abandoned, or something panicked.
     pub buffer: Option<Vec<u8>>,
 }
 
@@ -67,7 +68,7 @@ impl<E: QueueEngine> Slots<E> {
 
     /// Whether no more requests are accepted.
     pub fn is_full(&self) -> bool {
-        self.in_flight() >= self.depth
+        self.in_flight() >= self.depth && !mutant!(FullQueueAccepts)
     }
 
     /// Requests whose completion was not taken.
@@ -164,7 +165,9 @@ impl<E: QueueEngine> Slots<E> {
         let polled = catch_unwind(AssertUnwindSafe(|| server.as_mut().poll(&mut context)));
         match polled {
             Ok(Poll::Pending) => {
-                if let Some(outcome) = slot.exchange.take_outcome() {
+                let early = || Outcome { result: Ok(()), buffer: None };
+                let early = || mutant!(CompletedEarly).then(early);
+                if let Some(outcome) = slot.exchange.take_outcome().or_else(early) {
                     self.complete(index, outcome);
                 }
                 Ok(())
@@ -178,6 +181,9 @@ impl<E: QueueEngine> Slots<E> {
         let Some(user_data) = self.slots[index].user_data.take() else { return };
         self.free.push(index);
         let Outcome { result, buffer } = outcome;
+        mutant!(CompletedTwice =>
+            self.completed.push_back(Completion { user_data, result: Ok(()), buffer: None })
+        );
         self.completed.push_back(Completion { user_data, result, buffer });
     }
 

@@ -145,7 +145,7 @@ impl Life<'_> {
         let all = RefCell::default();
         let habit = *rng.pick(&Habit::ALL);
         let mut tasks = Vec::new();
-        let requests = |rng: &mut Rng| rng.between(1, 60 + 20 * self.generations_left());
+        let requests = |rng: &mut Rng| rng.between(1, 40 + 10 * self.generations_left());
         for index in 0..rng.between(1, 3) {
             let guest = Guest { life: self, image, index, habit, rng: rng.fork() };
             let mut thread = Thread { guest, handle: &handle, users: Vec::new(), all: &all };

@@ -128,15 +128,22 @@ impl<'a> User<'a> {
         if refused.error.errno() != libc::EAGAIN {
             return unexpected("a full queue", refused);
         }
-        let buffer = refused.buffer.map(|buffer| buffer.len());
-        let own = match &asked {
-            Asked::Change { change: Change::Write, ticket, .. } => Some(ticket.len() as usize),
-            Asked::Read { len, .. } => Some(*len),
-            _ => None,
-        };
+        self.gives_back(&asked, refused.buffer.as_deref())?;
         // It never happened.
         self.ended_somehow(asked, false);
-        if buffer == own { Ok(()) } else { unexpected("the buffer refused", buffer) }
+        Ok(())
+    }
+
+    /// Whether this is the buffer that came with a request.
+    fn gives_back(&self, asked: &Asked, buffer: Option<&[u8]>) -> Result<(), String> {
+        let own = match asked {
+            Asked::Change { change: Change::Write, ticket, .. } => {
+                buffer == Some(&ticket.data()[..])
+            }
+            Asked::Read { len, .. } => buffer.is_some_and(|buffer| buffer.len() == *len),
+            _ => buffer.is_none(),
+        };
+        if own { Ok(()) } else { Err(format!("{}: a buffer is not given back", self.name)) }
     }
 
     /// As many are in flight as were accepted and have no completion.
@@ -210,34 +217,22 @@ impl<'a> User<'a> {
         let Some(asked) = self.asked.remove(&number) else {
             return Err(format!("{}: a completion too many, of request {number}", self.name));
         };
+        self.gives_back(&asked, buffer.as_deref())?;
         let success = result.is_ok();
         let mut oracle = self.life.oracle.borrow_mut();
-        let returned = match asked {
+        match asked {
             Asked::Change { change, ticket, fua } => {
                 let durable = flushed || fua && change != Change::Discard;
                 oracle.end(&ticket, success, durable);
-                match change {
-                    Change::Write => buffer == Some(ticket.data()),
-                    _ => buffer.is_none(),
-                }
             }
-            Asked::Read { begun, offset, len } => {
-                let buffer = buffer.unwrap_or_default();
-                match success {
-                    true => oracle.end_read(begun, offset, &buffer)?,
-                    false => oracle.give_up_read(),
-                }
-                buffer.len() == len
+            Asked::Read { begun, offset, .. } if success => {
+                oracle.end_read(begun, offset, &buffer.unwrap_or_default())?;
             }
-            Asked::Flush { begun } => {
-                if success {
-                    oracle.end_flush(begun);
-                }
-                buffer.is_none()
-            }
-        };
+            Asked::Read { .. } => oracle.give_up_read(),
+            Asked::Flush { begun } if success => oracle.end_flush(begun),
+            Asked::Flush { .. } => {}
+        }
         match result {
-            _ if !returned => Err(format!("request {number} does not give its buffer back")),
             Err(error) if !self.life.expected(&error) => Err(format!("{number}: {error:?}")),
             _ => Ok(()),
         }
@@ -294,6 +289,10 @@ impl<'a> User<'a> {
                     self.note(format_args!("request {} was given up", completion.user_data));
                     let asked = self.asked.remove(&completion.user_data);
                     let asked = asked.ok_or("a completion too many")?;
+                    // What was under way may have lost its buffer.
+                    if completion.buffer.is_some() {
+                        self.gives_back(&asked, completion.buffer.as_deref())?;
+                    }
                     self.ended_somehow(asked, false);
                 }
                 _ => self.complete(completion, false)?,

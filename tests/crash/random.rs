@@ -136,23 +136,27 @@ fn queues_survive_crashes() {
 
 #[test]
 fn queues_survive_faults() {
-    let faulty = with_queues().into_iter().map(|config| Config { faults: true, ..config });
+    let faulty =
+        with_queues().into_iter().step_by(2).map(|config| Config { faults: true, ..config });
     run(7, &faulty.collect::<Vec<_>>());
 }
 
 #[test]
 fn one_seed_tells_one_story() {
     let kind = Kind { backing: true, ..SMALL };
-    let story = |seed| {
-        let scenario = Scenario::new(Config { faults: true, give_up: true, ..config(kind) }, seed);
+    let story = |queues, seed| {
+        let config = Config { faults: true, give_up: true, queues, ..config(kind) };
+        let scenario = Scenario::new(config, seed);
         if let Err(failure) = scenario.run() {
             panic!("{}", scenario.report(&failure));
         }
         let tally = *scenario.tally.borrow();
         format!("{tally:?}")
     };
-    assert_eq!(story(7), story(7));
-    assert_ne!(story(7), story(8));
+    for queues in [false, true] {
+        assert_eq!(story(queues, 7), story(queues, 7));
+        assert_ne!(story(queues, 7), story(queues, 8));
+    }
 }
 
 #[test]
