@@ -90,4 +90,6 @@ pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, 
 pub use image::status::Extent;
 pub use image::zero::ZeroFlags;
 pub use io::storage::Source;
+#[cfg(feature = "sim")]
+pub use queue::SimQueue;
 pub use queue::{Buffer, Completion, Engine, Queue, QueueOptions, Refused};

@@ -220,4 +220,33 @@ define! {
     TableNotAligned,
     /// What an image makes the driver hold in memory is not held against the limit.
     MemoryNotReckoned,
+
+    // Queues.
+    /// Who wakes a request while nobody drives its queue does not ring the bell.
+    WakeUpNotRung,
+    /// The bell of a queue is rung once and never again.
+    BellRungOnce,
+    /// A request of a queue is put on the list of those that can go on once and never
+    /// again.
+    ListedOnce,
+    /// Completions that are left over do not make the descriptor readable again.
+    RestNotTold,
+    /// A request completes as soon as it has to wait.
+    CompletedEarly,
+    /// A completion is handed out twice.
+    CompletedTwice,
+    /// A flush in a queue completes without waiting for its sync.
+    QueuedFlushNotAwaited,
+    /// A queue that is full accepts requests.
+    FullQueueAccepts,
+    /// A queue that is destroyed does not see to requests that wait for others.
+    DrainLeavesWaiting,
+    /// A queue that is destroyed does not carry on the queues that are in its way.
+    DrainedAlone,
+    /// A wait does not carry on the other queues of its thread.
+    WaitedAlone,
+    /// A close sees to the requests of one queue only.
+    CloseForgetsQueues,
+    /// A driver sleeps though the kernel did not take what was submitted.
+    UnsubmittedForgotten,
 }

@@ -25,7 +25,8 @@ pub trait Attached: Send + Sync {
     /// The thread that drove it last; see [`this_thread`].
     fn last_driver(&self) -> u64;
     /// Carries its requests on as far as they go now, unless another thread is at it.
-    fn carry_on(&self);
+    /// `true`: the kernel did not take everything, so there is nothing to wait for yet.
+    fn carry_on(&self) -> bool;
     /// Readable when they can be carried on again; valid as long as the queue.
     fn poll_fd(&self) -> RawFd;
     /// Waits for all of its requests; `Busy` if another thread is at it.
@@ -77,6 +78,7 @@ impl Queues {
     pub async fn finish(&self) -> Result<()> {
         for queue in self.all() {
             queue.finish().await?;
+            mutant!(CloseForgetsQueues => break);
         }
         Ok(())
     }

@@ -78,7 +78,11 @@ impl Image {
     }
 
     fn from_disk(disk: Disk) -> Image {
-        let disk = Arc::new(disk);
+        Image::sharing(Arc::new(disk))
+    }
+
+    /// An image that others use, too, past its queues.
+    pub(crate) fn sharing(disk: Arc<Disk>) -> Image {
         Image {
             doors: Sharded::new(|| RwLock::new(Some(disk.clone()))),
             current: Mutex::new(Some(disk)),
@@ -182,7 +186,7 @@ impl Image {
     }
 
     /// As `close`, by this engine.
-    async fn close_by<E: Engine>(&self, engine: &E) -> Result<()> {
+    pub(crate) async fn close_by<E: Engine>(&self, engine: &E) -> Result<()> {
         let mut all = self.doors()?;
         self.queues.finish().await?;
         // After a panic there is nothing to settle: it is released as it is.

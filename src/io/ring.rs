@@ -118,9 +118,10 @@ impl RingEngine {
         self.has_ring().then_some(self.fd)
     }
 
-    /// Hands to the kernel what was put into the queue since the last time.
-    pub fn submit(&self) -> SysResult<()> {
-        self.state().map_or(Ok(()), |mut state| state.submit())
+    /// Hands to the kernel what was put into the queue since the last time. `false`:
+    /// it does not take everything now, and is to be asked again.
+    pub fn submit(&self) -> SysResult<bool> {
+        self.state().map_or(Ok(true), |mut state| state.submit())
     }
 
     /// Whether the kernel has completed something that nobody was told of.
@@ -154,7 +155,7 @@ impl RingEngine {
         let Some(mut state) = self.state() else { return Ok(()) };
         state.watch_bell();
         if state.has_completions() {
-            return state.submit();
+            return state.submit().map(|_| ());
         }
         state.ring.wait(timeout)
     }
@@ -260,17 +261,17 @@ impl State {
         }
     }
 
-    /// Hands everything to the kernel that it takes now.
-    fn submit(&mut self) -> SysResult<()> {
+    /// Hands everything to the kernel that it takes now; `false`: not all.
+    fn submit(&mut self) -> SysResult<bool> {
         self.watch_bell();
         while self.ring.unsubmitted() > 0 {
             match self.submit_some() {
                 // The rest goes with the next call, when something has completed.
-                Err(libc::EAGAIN) => break,
+                Err(libc::EAGAIN) => return Ok(false),
                 other => other?,
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Sees to it that the ring watches the bell. Full queues do that another time:

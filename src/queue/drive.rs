@@ -192,6 +192,7 @@ impl<E: QueueEngine> Inner<E> {
                 continue;
             }
             self.publish(slots);
+            slots.unsubmitted = submitted == Ok(false) && !mutant!(UnsubmittedForgotten);
             if let Err(errno) = submitted {
                 return Err(Error::os(errno, "submitting to io_uring"));
             }
@@ -207,14 +208,21 @@ impl<E: QueueEngine> Inner<E> {
         Ok(started)
     }
 
-    /// Makes the completion descriptor readable if there are completions.
+    /// Makes the completion descriptor readable if there are completions, or if
+    /// nothing else may tell that the kernel is to be asked again.
     fn tell(&self, slots: &Slots<E>) {
-        if slots.completed() > 0 {
+        mutant!(RestNotTold => return);
+        if slots.completed() > 0 || slots.unsubmitted {
             self.ready.bell().signal();
         }
     }
 
-    fn hand_out(&self, slots: &mut Slots<E>, max: usize, mut out: impl FnMut(Completion)) -> usize {
+    pub(super) fn hand_out(
+        &self,
+        slots: &mut Slots<E>,
+        max: usize,
+        mut out: impl FnMut(Completion),
+    ) -> usize {
         let count = slots.completed().min(max);
         for _ in 0..count {
             if let Some(completion) = slots.take() {
@@ -285,13 +293,13 @@ impl<E: QueueEngine> Inner<E> {
         // Requests without an operation of their own wait for somebody else's.
         if slots.unfinished() > self.engine.flying() {
             let me = self.engine.this_thread();
-            let others = self.others(|other| other.last_driver() == me);
+            let others = self.others(|other| other.last_driver() == me && !mutant!(WaitedAlone));
             if !others.is_empty() {
-                return self.block_with(&others, left).await;
+                return self.block_with(slots, &others, left).await;
             }
         }
         if !self.engine.has_ring() {
-            return self.block_with(&[], left).await;
+            return self.block_with(slots, &[], left).await;
         }
         let end = left.and_then(|left| Instant::now().checked_add(left));
         match self.engine.wait(left).await {
@@ -317,11 +325,13 @@ impl<E: QueueEngine> Inner<E> {
     /// Carries other queues on, and blocks until they or this one can be again.
     async fn block_with(
         &self,
+        slots: &Slots<E>,
         others: &[Arc<dyn Attached>],
         left: Option<Duration>,
     ) -> SysResult<()> {
-        others.iter().for_each(|other| other.carry_on());
-        if !self.ready.is_empty() {
+        let mut again = slots.unsubmitted;
+        others.iter().for_each(|other| again |= other.carry_on());
+        if again || !self.ready.is_empty() {
             return Ok(());
         }
         let fds: Vec<RawFd> =
@@ -352,9 +362,10 @@ impl<E: QueueEngine> Inner<E> {
             if slots.unfinished() == 0 {
                 break;
             }
-            let others = self.others(|_| true);
+            mutant!(DrainLeavesWaiting => if self.engine.flying() == 0 { break });
+            let others = self.others(|_| !mutant!(DrainedAlone));
             // A signal is no reason to give up, nor is anything else.
-            let _ = self.block_with(&others, None).await;
+            let _ = self.block_with(slots, &others, None).await;
         }
     }
 
@@ -407,11 +418,12 @@ impl<E: QueueEngine> Attached for Inner<E> {
         self.last_driver.load(Acquire)
     }
 
-    fn carry_on(&self) {
-        let Some(mut slots) = self.try_lock() else { return };
+    fn carry_on(&self) -> bool {
+        let Some(mut slots) = self.try_lock() else { return false };
         // An error comes up again where its owner sees it.
         let _ = self.drive(&mut slots, true);
         self.tell(&slots);
+        slots.unsubmitted
     }
 
     fn poll_fd(&self) -> RawFd {

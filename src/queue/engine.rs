@@ -49,8 +49,8 @@ pub trait QueueEngine: Engine + 'static {
     fn has_ring(&self) -> bool;
     /// The ring's descriptor: readable while there are completions.
     fn fd(&self) -> Option<RawFd>;
-    /// Hands over what was put into the queue since the last time.
-    fn submit(&self) -> SysResult<()>;
+    /// Hands over what was put into the queue since the last time; `false`: not all.
+    fn submit(&self) -> SysResult<bool>;
     /// Whether something has completed.
     fn has_completions(&self) -> bool;
     /// Operations under way.
@@ -58,11 +58,19 @@ pub trait QueueEngine: Engine + 'static {
     /// Takes what has completed and wakes who waits for it.
     fn complete(&self) -> bool;
     /// Launches a transfer, if there is a ring and it can go as it is.
-    fn launch(&self, storage: &Storage, transfer: &Transfer, at: u64, tag: usize) -> Option<Turn>;
+    fn launch(
+        &self,
+        _storage: &Storage,
+        _transfer: &Transfer,
+        _at: u64,
+        _tag: usize,
+    ) -> Option<Turn> {
+        None
+    }
     /// Adds the launched transfers that are over since the last time.
-    fn landed(&self, landed: &mut Vec<Landed>);
+    fn landed(&self, _landed: &mut Vec<Landed>) {}
     /// Waits until a launched transfer is over, and forgets it.
-    fn see_landed(&self, tag: usize);
+    fn see_landed(&self, _tag: usize) {}
     /// Whether each completion signals the completion descriptor.
     fn set_eventfd_enabled(&self, enabled: bool);
     /// Submits, and waits until something has completed or the bell was rung.
@@ -88,7 +96,7 @@ impl QueueEngine for RingEngine {
         RingEngine::fd(self)
     }
 
-    fn submit(&self) -> SysResult<()> {
+    fn submit(&self) -> SysResult<bool> {
         RingEngine::submit(self)
     }
 

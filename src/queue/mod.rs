@@ -19,6 +19,8 @@ mod flight;
 mod options;
 mod ready;
 mod request;
+#[cfg(feature = "sim")]
+mod sim;
 mod slots;
 
 use std::fmt;
@@ -35,6 +37,8 @@ use crate::sys::memory::{GuestMut, GuestRef};
 use drive::Inner;
 pub use options::{Engine, QueueOptions};
 use request::{From, Into, Work};
+#[cfg(feature = "sim")]
+pub use sim::SimQueue;
 pub use slots::Completion;
 
 /// Asynchronous requests on an image. Calls on one queue are carried out one after

@@ -50,7 +50,7 @@ impl<B: Bell> Ready<B> {
     pub fn push(&self, slot: usize) {
         self.list().push_back(slot);
         in_this_order();
-        if !self.driving.load(SeqCst) {
+        if !self.driving.load(SeqCst) && !mutant!(WakeUpNotRung) {
             self.ring();
         }
     }
@@ -79,7 +79,7 @@ impl<B: Bell> Ready<B> {
     /// Nobody looks at the list any more; `false`: there is something on it, and the
     /// caller goes on driving.
     pub fn end(&self) -> bool {
-        self.rung.swap(false, SeqCst);
+        self.rung.swap(mutant!(BellRungOnce), SeqCst);
         self.driving.store(false, SeqCst);
         in_this_order();
         if self.is_empty() {
@@ -123,6 +123,7 @@ impl<B: Bell> SlotWaker<B> {
 
     /// It is about to be polled: what comes from now on needs another poll.
     pub fn unlist(&self) {
+        mutant!(ListedOnce => return);
         self.listed.store(false, SeqCst);
         in_this_order();
     }

@@ -103,6 +103,7 @@ impl Request {
             }
             Work::Discard(offset, length) => disk.discard(engine, offset, length).await,
             Work::Fail(error) => Err(error),
+            Work::Flush if mutant!(QueuedFlushNotAwaited) => Ok(()),
             Work::Flush => disk.flush(engine).await,
         };
         Outcome { result, buffer }

@@ -31,7 +31,8 @@ pub struct Completion {
     /// As a blocking call would return it.
     pub result: Result<()>,
     /// The buffer that was given with the request; a read that succeeded has filled
-    /// it.
+    /// it. `None` also if the request was under way when it was given up: its image was
+    /// abandoned, or something panicked.
     pub buffer: Option<Buffer>,
 }
 
@@ -45,6 +46,8 @@ pub struct Slots<E: QueueEngine> {
     /// Flights that are over: kept to use its memory again.
     landed: Vec<Landed>,
     depth: usize,
+    /// Operations are left that the kernel did not take: it is to be asked again.
+    pub unsubmitted: bool,
 }
 
 struct Slot<E: QueueEngine> {
@@ -71,12 +74,13 @@ impl<E: QueueEngine> Slots<E> {
             completed: VecDeque::new(),
             landed: Vec::new(),
             depth,
+            unsubmitted: false,
         }
     }
 
     /// Whether no more requests are accepted.
     pub fn is_full(&self) -> bool {
-        self.in_flight() >= self.depth
+        self.in_flight() >= self.depth && !mutant!(FullQueueAccepts)
     }
 
     /// Requests whose completion was not taken.
@@ -215,7 +219,9 @@ impl<E: QueueEngine> Slots<E> {
         let polled = catch_unwind(AssertUnwindSafe(|| server.as_mut().poll(&mut context)));
         match polled {
             Ok(Poll::Pending) => {
-                if let Some(outcome) = slot.exchange.take_outcome() {
+                let early = || Outcome { result: Ok(()), buffer: None };
+                let early = || mutant!(CompletedEarly).then(early);
+                if let Some(outcome) = slot.exchange.take_outcome().or_else(early) {
                     self.complete(index, outcome);
                 }
                 Ok(())
@@ -229,6 +235,9 @@ impl<E: QueueEngine> Slots<E> {
         let Some(user_data) = self.slots[index].user_data.take() else { return };
         self.free.push(index);
         let Outcome { result, buffer } = outcome;
+        mutant!(CompletedTwice =>
+            self.completed.push_back(Completion { user_data, result: Ok(()), buffer: None })
+        );
         self.completed.push_back(Completion { user_data, result, buffer });
     }
 

@@ -40,6 +40,8 @@ fn configs() -> Vec<(&'static str, Config)> {
     family("given up", &|config| config.give_up = true);
     family("faults, given up", &|config| (config.faults, config.give_up) = (true, true));
     family("discards keep", &|config| config.discard_keeps = true);
+    family("queues", &|config| config.queues = true);
+    family("queues, faults", &|config| (config.queues, config.faults) = (true, true));
     let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
     for (faults, give_up) in [(false, false), (true, false), (false, true)] {
         all.push(("tables grow", Config { faults, give_up, ..Config::new(crowded) }));

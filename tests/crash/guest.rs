@@ -54,7 +54,7 @@ impl Guest<'_> {
     }
 
     /// Sectors to work on: mostly few, mostly where others work, too.
-    fn range(&mut self) -> Range<u64> {
+    pub fn range(&mut self) -> Range<u64> {
         let kind = self.life.config().kind;
         let rng = &mut self.rng;
         let sectors = kind.size / SECTOR;
@@ -77,6 +77,17 @@ impl Guest<'_> {
             _ => rng.between(1, 2 * per_cluster),
         };
         start..(start + len).min(sectors)
+    }
+
+    /// A change to ask for; `None`: rather a flush or a read.
+    pub fn what(&mut self) -> Option<Change> {
+        let [writes, zeroes, discards, _] = self.habit.shares();
+        match self.rng.below(16) {
+            at if at < writes => Some(Change::Write),
+            at if at < writes + zeroes => Some(Change::Zero),
+            at if at < writes + zeroes + discards => Some(Change::Discard),
+            _ => None,
+        }
     }
 
     async fn request(&mut self) -> Result<(), String> {

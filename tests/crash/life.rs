@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
+use qcow2rs::ErrorKind;
 use qcow2rs::image::Disk;
 use qcow2rs::io::engine::Target;
 use qcow2rs::io::sim::{
@@ -161,7 +162,7 @@ impl Life<'_> {
             return Ok(());
         };
         self.opening.set(false);
-        let image = image.map_err(|error| format!("opening: {error:?}"))?;
+        let image = Arc::new(image.map_err(|error| format!("opening: {error:?}"))?);
         if dirty {
             leaks = self.check("after repair")?;
             if self.is_dirty() || !leaks.is_empty() {
@@ -207,15 +208,15 @@ impl Life<'_> {
     }
 
     /// Closes the image: nothing may be lost, nothing left over.
-    fn part(&self, image: Disk, leaks: Vec<u64>, length: u64) -> Result<(), Trouble> {
+    fn part(&self, image: Arc<Disk>, leaks: Vec<u64>, length: u64) -> Result<(), Trouble> {
         i14_operations(&self.disk, true)?;
         let begun = self.oracle.borrow_mut().begin_flush();
-        let Some(closed) = self.run_one("close", image.settle(&SimEngine))? else { return Ok(()) };
+        let Some(closed) = self.run_one("close", self.close(&image))? else { return Ok(()) };
         drop(image);
         self.file().retire();
         match closed {
             Ok(()) => self.oracle.borrow_mut().end_flush(begun),
-            Err(error) if self.expected(&error) => {
+            Err(error) if self.expected(&error) || error.kind() == ErrorKind::Cancelled => {
                 return self.crash(Crash::Process);
             }
             Err(error) => return Err(format!("closing: {error:?}").into()),
@@ -253,8 +254,20 @@ impl Life<'_> {
         Ok(())
     }
 
+    async fn close(&self, image: &Arc<Disk>) -> qcow2rs::Result<()> {
+        match self.config().queues {
+            true => self.close_with_queues(image).await,
+            false => image.settle(&SimEngine).await,
+        }
+    }
+
+    /// Lives that may follow upon this one.
+    pub fn generations_left(&self) -> u64 {
+        u64::from(self.depth)
+    }
+
     /// Uses the image by several at once. False if that is the end.
-    fn use_image(&self, image: &Disk) -> Result<bool, Trouble> {
+    fn use_image(&self, image: &Arc<Disk>) -> Result<bool, Trouble> {
         let mut rng = self.rng.borrow_mut().fork();
         let depth = u64::from(self.depth);
         let habit = *rng.pick(&Habit::ALL);
@@ -263,8 +276,11 @@ impl Life<'_> {
             let name = format!("guest {index}");
             Task::new(name, Guest { life: self, image, index, habit, rng }.run(requests))
         });
-        let tasks = tasks.collect();
-        if !self.run(tasks)? {
+        let used = match self.config().queues {
+            true => self.use_by_queues(image)?,
+            false => self.run(tasks.collect())?,
+        };
+        if !used {
             return Ok(false);
         }
         let begun = self.oracle.borrow_mut().begin_read();
@@ -291,7 +307,7 @@ impl Life<'_> {
     }
 
     /// Runs tasks, drawing crashes meanwhile. False if it was stopped.
-    fn run(&self, tasks: Vec<Task<'_>>) -> Result<bool, Trouble> {
+    pub fn run(&self, tasks: Vec<Task<'_>>) -> Result<bool, Trouble> {
         let outcome = self.disk.run_observed(tasks, |_| {
             if self.trouble.borrow().is_none() {
                 let trouble = self.after_a_step().err();

@@ -14,6 +14,8 @@ mod layout;
 mod life;
 mod oracle;
 mod qemu;
+mod queue_runs;
+mod queue_user;
 mod queues;
 mod random;
 mod report;

@@ -20,13 +20,15 @@ const ROUNDS: u64 = 1;
 type Family = (&'static str, fn() -> Vec<Config>);
 
 /// By the last digit of their seeds.
-const FAMILIES: [Family; 6] = [
+const FAMILIES: [Family; 8] = [
     ("random_requests_survive_crashes", configs),
     ("random_requests_survive_crashes_in_direct_mode", direct),
     ("random_requests_survive_faults", faulty),
     ("random_requests_survive_those_given_up", hasty),
     ("refcount_tables_grow", growing),
     ("lazy_refcounts_survive_crashes", lazy),
+    ("queues_survive_crashes", with_queues),
+    ("queues_survive_faults", with_queues_and_faults),
 ];
 
 /// Runs one seed, and returns how many crashes that were.
@@ -133,6 +135,15 @@ fn lazy() -> Vec<Config> {
     all.chain(few().map(with(false, true))).collect()
 }
 
+fn with_queues() -> Vec<Config> {
+    configs().into_iter().map(|config| Config { queues: true, ..config }).collect()
+}
+
+fn with_queues_and_faults() -> Vec<Config> {
+    let some = with_queues().into_iter().step_by(2);
+    some.map(|config| Config { faults: true, ..config }).collect()
+}
+
 #[test]
 fn random_requests_survive_crashes() {
     run(0);
@@ -172,24 +183,37 @@ fn a_seed_is_run_as_what_it_is_of_whoever_is_asked() {
         assert_eq!(found, test);
         assert!(run_seed(130 + digit, &configs()) > 0, "{test}: nothing was crashed");
     }
-    for seed in 6..10 {
-        assert!(family_of(seed).unwrap_err().contains("end with 0 to 5"));
+    for seed in 8..10 {
+        assert!(family_of(seed).unwrap_err().contains("end with 0 to 7"));
     }
+}
+
+#[test]
+fn queues_survive_crashes() {
+    run(6);
+}
+
+#[test]
+fn queues_survive_faults() {
+    run(7);
 }
 
 #[test]
 fn one_seed_tells_one_story() {
     let kind = Kind { backing: true, ..SMALL };
-    let story = |seed| {
-        let scenario = Scenario::new(Config { faults: true, give_up: true, ..config(kind) }, seed);
+    let story = |queues, seed| {
+        let config = Config { faults: true, give_up: true, queues, ..config(kind) };
+        let scenario = Scenario::new(config, seed);
         if let Err(failure) = scenario.run() {
             panic!("{}", scenario.report(&failure));
         }
         let tally = *scenario.tally.borrow();
         format!("{tally:?}")
     };
-    assert_eq!(story(7), story(7));
-    assert_ne!(story(7), story(8));
+    for queues in [false, true] {
+        assert_eq!(story(queues, 7), story(queues, 7));
+        assert_ne!(story(queues, 7), story(queues, 8));
+    }
 }
 
 #[test]

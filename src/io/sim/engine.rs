@@ -3,8 +3,9 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
+use super::SimDisk;
 use super::content::OpId;
 use super::file::SimFile;
 use super::journal::OpKind;
@@ -42,16 +43,7 @@ impl Engine for SimEngine {
         length: u64,
         mode: ZeroMode,
     ) -> Result<()> {
-        let file = simulated(storage)?;
-        let options = file.options();
-        let able = match mode {
-            ZeroMode::Punch => options.punch,
-            ZeroMode::Keep => options.zero,
-        };
-        if !able {
-            return Err(storage.zero_failed(libc::EOPNOTSUPP, offset, length, mode));
-        }
-        Operation::zero(file, offset, length, mode).await
+        zeroing(storage, offset, length, mode)?.await
     }
 
     async fn truncate<'a>(&'a self, storage: &'a Storage, length: u64) -> Result<()> {
@@ -59,13 +51,61 @@ impl Engine for SimEngine {
     }
 }
 
-fn simulated(storage: &Storage) -> Result<&SimFile> {
+pub(super) fn simulated(storage: &Storage) -> Result<&SimFile> {
     match storage.backend() {
         Backend::Sim(file) => Ok(file),
         _ => {
             let what = format!("{} is not simulated, the engine is", storage.name());
             Err(Error::new(ErrorKind::NotSupported, what))
         }
+    }
+}
+
+/// The operation that makes a range zero, where the file can do that.
+pub(super) fn zeroing(
+    storage: &Storage,
+    offset: u64,
+    length: u64,
+    mode: ZeroMode,
+) -> Result<Operation<'_>> {
+    let file = simulated(storage)?;
+    let options = file.options();
+    let able = match mode {
+        ZeroMode::Punch => options.punch,
+        ZeroMode::Keep => options.zero,
+    };
+    match able {
+        true => Ok(Operation::zero(file, offset, length, mode)),
+        false => Err(storage.zero_failed(libc::EOPNOTSUPP, offset, length, mode)),
+    }
+}
+
+/// An operation that can be issued without its future.
+pub(super) struct Prepared {
+    disk: SimDisk,
+    file: usize,
+    kind: OpKind,
+    offset: u64,
+    len: u64,
+    bytes: Vec<u8>,
+}
+
+impl Prepared {
+    /// Puts it on the disk; `waker` is woken when it has completed.
+    pub(super) fn issue(self, waker: Option<Waker>) -> OpId {
+        let Prepared { disk, file, kind, offset, len, bytes } = self;
+        let mut world = disk.world();
+        let id = world.issue(file, kind, offset, len, bytes);
+        if let Some(op) = world.ops.get_mut(&id) {
+            op.waker = waker;
+        }
+        id
+    }
+
+    /// As `issue`, unless nothing goes on any more.
+    pub(super) fn issue_unless_stopped(self) -> Option<OpId> {
+        let stopped = self.disk.world().stopped;
+        (!stopped).then(|| self.issue(None))
     }
 }
 
@@ -113,14 +153,26 @@ impl<'a> Operation<'a> {
         Operation { file, kind, offset: length, len: 0, data: Data::None, id: None }
     }
 
-    fn issue(&mut self) -> OpId {
+    /// What is to be issued, with the bytes of a write.
+    pub(super) fn prepare(&self) -> Prepared {
         let bytes = match &self.data {
             Data::None => Vec::new(),
             Data::To(_) => vec![0; self.len as usize],
             Data::From(pieces) => gather(pieces),
         };
-        let index = self.file.index;
-        self.file.disk.world().issue(index, self.kind, self.offset, self.len, bytes)
+        let (disk, file) = (self.file.disk.clone(), self.file.index);
+        Prepared { disk, file, kind: self.kind, offset: self.offset, len: self.len, bytes }
+    }
+
+    /// It was issued elsewhere, as this; or it never will be.
+    pub(super) fn is_issued(&mut self, id: Option<OpId>) {
+        self.id = id;
+    }
+
+    /// Goes on with what was issued elsewhere.
+    pub(super) fn resume(&mut self, id: OpId, context: &mut Context<'_>) -> Poll<Result<()>> {
+        self.id = Some(id);
+        Pin::new(self).poll(context)
     }
 }
 
@@ -147,7 +199,7 @@ impl Future for Operation<'_> {
         let id = match this.id {
             Some(id) => id,
             None => {
-                let id = this.issue();
+                let id = this.prepare().issue(None);
                 this.id = Some(id);
                 id
             }

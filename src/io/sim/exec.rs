@@ -99,9 +99,11 @@ impl SimDisk {
             let action = self.world().choose(&ready);
             match action {
                 Action::Poll(index) => {
+                    self.world().thread = index as u64 + 1;
                     if tasks[index].as_mut().is_some_and(Running::poll) {
                         tasks[index] = None;
                     }
+                    self.world().thread = 0;
                 }
                 Action::Advance(op) => {
                     let waker = self.world().advance(op);

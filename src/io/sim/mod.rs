@@ -10,6 +10,7 @@
 mod content;
 mod crash;
 mod engine;
+mod event;
 mod exec;
 #[cfg(test)]
 mod fault_tests;
@@ -18,6 +19,7 @@ mod journal;
 mod outcomes;
 mod pages;
 mod pattern;
+mod ring;
 mod rng;
 #[cfg(test)]
 mod tests;
@@ -29,11 +31,13 @@ use std::task::Poll;
 
 pub use self::crash::Crash;
 pub use self::engine::SimEngine;
+pub use self::event::SimEvent;
 pub use self::exec::{Outcome, Task, give_up_after};
 pub use self::file::{Counters, FileOptions, SimFile};
 pub use self::journal::OpKind;
 pub use self::outcomes::{AtStake, Remains};
 pub use self::pattern::{Fault, Pattern, Stage};
+pub(crate) use self::ring::SimRing;
 pub use self::rng::Rng;
 pub use crate::sys::memory::{GuestMut, GuestRef, live_blocks};
 

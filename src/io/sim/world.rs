@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::task::Waker;
 
 use super::content::{Content, OpId, SECTOR};
+use super::event::SimEvent;
 use super::file::{Counters, FileOptions};
 use super::journal::{Event, Journal, OpKind};
 use super::pages::PAGE;
@@ -23,6 +24,10 @@ pub(super) struct World {
     completed: u64,
     pub(super) faults: Vec<Fault>,
     pub(super) holds: Vec<HoldState>,
+    /// By number.
+    pub(super) events: Vec<SimEvent>,
+    /// The task that is being polled, as a thread; 0: none.
+    pub(super) thread: u64,
     pub(super) journal: Journal,
     pub(super) violations: Vec<String>,
     /// What was going on has been stopped: nothing changes any more.
@@ -119,6 +124,8 @@ impl World {
             completed: 0,
             faults: Vec::new(),
             holds: Vec::new(),
+            events: Vec::new(),
+            thread: 0,
             journal: Journal::default(),
             violations: Vec::new(),
             stopped: false,
