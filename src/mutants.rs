@@ -204,4 +204,6 @@ define! {
     SharedPunched,
     /// A hole is rounded out to the blocks of the host, over its neighbours.
     HoleRoundedOut,
+    /// What was decompressed is remembered though its place was given to other data.
+    InflatedOutlivesPlace,
 }

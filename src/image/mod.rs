@@ -8,6 +8,7 @@ pub(crate) mod disk;
 mod feature_bits;
 mod gate;
 pub mod handle;
+mod inflated;
 pub mod info;
 mod info_json;
 mod l2_tables;
