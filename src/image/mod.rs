@@ -2,6 +2,7 @@
 
 pub(crate) mod attached;
 mod claims;
+mod compress;
 mod cow;
 mod discard;
 pub(crate) mod disk;

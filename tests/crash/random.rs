@@ -113,6 +113,20 @@ fn refcount_tables_grow() {
     run(4, &[calm, Config { faults: true, ..config(crowded) }, hasty]);
 }
 
+/// Compressed data packed into host clusters, whole and in parts of sectors, while
+/// others use, free and fill the clusters around it.
+#[test]
+fn compressed_writes_survive_crashes() {
+    let with = |faults, give_up, alignment| {
+        move |config: Config| Config { compress: true, faults, give_up, alignment, ..config }
+    };
+    let some = |first: usize| configs().into_iter().skip(first).step_by(3);
+    let direct = configs().into_iter().skip(1).step_by(5);
+    let all = configs().into_iter().map(with(false, false, 1));
+    let bad = some(0).map(with(true, false, 1)).chain(some(1).map(with(false, true, 1)));
+    run(7, &all.chain(bad).chain(direct.map(with(false, false, 512))).collect::<Vec<_>>());
+}
+
 #[test]
 fn random_requests_survive_faults() {
     let faulty = configs().into_iter().map(|config| Config { faults: true, ..config });

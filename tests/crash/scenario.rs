@@ -32,6 +32,8 @@ pub struct Config {
     pub faults: bool,
     /// Whether requests are given up half way.
     pub give_up: bool,
+    /// Whether guests write compressed clusters, too.
+    pub compress: bool,
     /// What a loss of power does.
     pub medium: Medium,
     /// After one in how many steps a crash image is drawn that is looked at, but
@@ -295,6 +297,7 @@ impl Config {
             discard_keeps: false,
             faults: false,
             give_up: false,
+            compress: false,
             medium: Medium::Seeded,
             every: 40,
             mode: Mode::from_environment(),
