@@ -114,7 +114,7 @@ static void raw(void)
 
     CHECK_EQ(ftruncate(fd, SIZE), 0);
     CHECK_EQ(close(fd), 0);
-    CHECK_OK(qcow2rs_open_opts_set(o, "format", "raw"));
+    CHECK_OK(qcow2rs_open_opts_set_format(o, QCOW2RS_FORMAT_RAW));
     CHECK_OK(qcow2rs_open_path(path, o, &img));
     CHECK_ERR(qcow2rs_pwrite(img, data, CLUSTER, 0, QCOW2RS_IO_COMPRESSED),
               ENOTSUP);

@@ -524,8 +524,9 @@ int qcow2rs_preadv(struct qcow2rs_image *img, const struct iovec *iov,
  * With COMPRESSED: whole clusters, but for the end of the disk's last one
  * (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
  * replaced).  What does not get smaller is stored as without the flag, wherever
- * that can be.  Compressing is done by the calling thread (by who drives it, for
- * a queue), so calls of several threads compress at once.  -ENOTSUP: a raw image. */
+ * that can be.  Compressing is done by the calling thread (for a queue, by who
+ * drives it): calls of several threads compress at once.  -ENOTSUP: a raw
+ * image. */
 int qcow2rs_pwrite(struct qcow2rs_image *img, const void *buf, size_t length,
                    uint64_t offset, uint32_t flags);
 

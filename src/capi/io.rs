@@ -151,8 +151,9 @@ pub unsafe extern "C" fn qcow2rs_preadv(
 /// With COMPRESSED: whole clusters, but for the end of the disk's last one
 /// (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
 /// replaced).  What does not get smaller is stored as without the flag, wherever
-/// that can be.  Compressing is done by the calling thread (by who drives it, for
-/// a queue), so calls of several threads compress at once.  -ENOTSUP: a raw image.
+/// that can be.  Compressing is done by the calling thread (for a queue, by who
+/// drives it): calls of several threads compress at once.  -ENOTSUP: a raw
+/// image.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_pwrite(
     img: *mut qcow2rs_image,
