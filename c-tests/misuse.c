@@ -261,8 +261,8 @@ static void transfers(struct qcow2rs_image *img)
             CHECK_ERR(qcow2rs_reopen(img, flag), EINVAL);
         }
     }
-    CHECK_ERR(qcow2rs_pwrite(img, buf, 16, 0, QCOW2RS_IO_COMPRESSED), ENOTSUP);
-    CHECK_ERR(qcow2rs_pwritev(img, &iov, 1, 0, QCOW2RS_IO_COMPRESSED), ENOTSUP);
+    CHECK_ERR(qcow2rs_pwrite(img, buf, 16, 0, QCOW2RS_IO_COMPRESSED), EINVAL);
+    CHECK_ERR(qcow2rs_pwritev(img, &iov, 1, 0, QCOW2RS_IO_COMPRESSED), EINVAL);
     CHECK_ERR(qcow2rs_pwrite(img, buf, 16, 0,
                              QCOW2RS_IO_COMPRESSED | 1u << 30), EINVAL);
 

@@ -520,7 +520,13 @@ int qcow2rs_pread(struct qcow2rs_image *img, void *buf, size_t length,
 int qcow2rs_preadv(struct qcow2rs_image *img, const struct iovec *iov,
                    int iovcnt, uint64_t offset, uint32_t flags);
 
-/* [MT] Writes.  flags: FUA, COMPRESSED, UNCHANGED. */
+/* [MT] Writes.  flags: FUA, COMPRESSED, UNCHANGED.
+ * With COMPRESSED: whole clusters, but for the end of the disk's last one
+ * (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
+ * replaced).  What does not get smaller is stored as without the flag, wherever
+ * that can be.  Compressing is done by the calling thread (for a queue, by who
+ * drives it): calls of several threads compress at once.  -ENOTSUP: a raw
+ * image. */
 int qcow2rs_pwrite(struct qcow2rs_image *img, const void *buf, size_t length,
                    uint64_t offset, uint32_t flags);
 
@@ -596,7 +602,7 @@ int qcow2rs_create_opts_set_backing(struct qcow2rs_create_opts *o,
 
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
- * compression_type (zlib), preallocation (off).
+ * compression_type (zlib|zstd), preallocation (off).
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */

@@ -84,6 +84,7 @@ pub use admin::create::{
 };
 pub use check::{CheckResult, Finding, Observer, Severity};
 pub use error::{Error, ErrorKind, Result};
+pub use format::compression::Compression;
 pub use image::handle::{Image, WriteFlags};
 pub use image::info::{Info, Qcow2Info, Stats, StoredReference};
 pub use image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver};

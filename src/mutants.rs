@@ -208,6 +208,17 @@ define! {
     SharedPunched,
     /// A hole is rounded out to the blocks of the host, over its neighbours.
     HoleRoundedOut,
+    /// A compressed cluster's entry does not wait for its data to be durable.
+    CompressedNotOrdered,
+    /// A host cluster that several compressed clusters share is counted once.
+    PackedNotCounted,
+    /// Packing goes on in a host cluster that may have become free meanwhile.
+    PackedIntoFreed,
+    /// A compressed write claims nothing.
+    CompressedClaimsNothing,
+    /// What was decompressed is remembered though its place was given to other data.
+    InflatedOutlivesPlace,
+
 
     // Errors, and what nobody can trust.
     /// An error from writing a slice of an L2 table is forgotten: it counts as written.

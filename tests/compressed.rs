@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use qcow2rs::{ErrorKind, Extent, Image, WriteFlags, ZeroFlags};
-use support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, ZERO};
+use support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, ZERO, field};
 use support::operations::{Backing, Case, Op};
 use support::refcounts::assert_exact;
 use support::{
@@ -71,28 +71,38 @@ fn layouts() -> Vec<(u32, u64, bool, u32)> {
     ]
 }
 
-fn for_cases(test: impl Fn(Case, &mut Rng)) {
+/// What is added to the options for each method of compression.
+const METHODS: [&str; 2] = ["", ",compression_type=zstd"];
+
+/// Calls `test` with cases and the options that make them.
+fn for_cases(test: impl Fn(Case, &str, &mut Rng)) {
     for_seeds("compressed", 1, |seed| {
-        for (number, layout) in layouts().into_iter().enumerate() {
+        let cases =
+            METHODS.iter().flat_map(|method| layouts().into_iter().map(move |l| (l, method)));
+        for (number, (layout, method)) in cases.enumerate() {
             let (version, cluster_size, extended_l2, refcount_bits) = layout;
+            if version < 3 && !method.is_empty() {
+                continue;
+            }
             // The last cluster is cut off by the end of the disk.
             let size =
                 (cluster_size * 40).clamp(100_352, 8 << 20) + cluster_size / 2 / 512 * 512 + 1536;
             let backing = Backing::None;
             let case = Case { version, cluster_size, extended_l2, refcount_bits, size, backing };
             let mut rng = Rng::new(seed.wrapping_mul(1000) + number as u64);
-            describe(format!("{case:?}"), || test(case, &mut rng));
+            let options = case.options() + method;
+            describe(format!("{case:?}{method}"), || test(case, &options, &mut rng));
         }
     });
 }
 
 #[test]
 fn reads_agree_with_what_was_compressed() {
-    for_cases(|case, rng| {
+    for_cases(|case, options, rng| {
         let scratch = Scratch::new();
         let path = scratch.path("image");
         let bytes = mixed(rng, case.size, case.cluster_size);
-        compress(&path, &case.options(), &bytes);
+        compress(&path, options, &bytes);
         let image = open(&path);
         assert_content(&image, &bytes);
         for _ in 0..50 {
@@ -116,11 +126,11 @@ fn reads_agree_with_what_was_compressed() {
 
 #[test]
 fn compressed_images_can_be_written_like_any_other() {
-    for_cases(|case, rng| {
+    for_cases(|case, options, rng| {
         let scratch = Scratch::new();
         let path = scratch.path("image");
         let mut model = mixed(rng, case.size, case.cluster_size);
-        compress(&path, &case.options(), &model);
+        compress(&path, options, &model);
         for _ in 0..2 {
             let image = open_somehow(&path, rng);
             for _ in 0..20 {
@@ -321,13 +331,18 @@ fn qemus_reading(path: &Path) -> (BTreeSet<u64>, Vec<u8>) {
 fn assert_reads_as_qemu(path: &Path) -> usize {
     let (readable, bytes) = qemus_reading(path);
     let image = open(path);
+    let zstd = Dissected::load(path).bytes[field::COMPRESSION] == 1;
     let mut failed = 0;
     for at in (0..image.size()).step_by(CLUSTER as usize) {
         let mut buf = vec![0xee; CLUSTER as usize];
         match image.read_at(&mut buf, at) {
             Ok(()) => {
                 assert!(readable.contains(&at), "{at:#x} can be read, but not by QEMU");
-                assert_same(&buf, &bytes[at as usize..][..CLUSTER as usize]);
+                // What a damaged zstd frame without a checksum holds is up to the
+                // version of the library; deflate knows one answer.
+                if !zstd {
+                    assert_same(&buf, &bytes[at as usize..][..CLUSTER as usize]);
+                }
             }
             Err(error) => {
                 assert_eq!(error.errno(), libc::EIO, "{error}");
@@ -340,7 +355,7 @@ fn assert_reads_as_qemu(path: &Path) -> usize {
 }
 
 /// An image whose clusters all hold other compressed data of a few KiB.
-fn damageable(path: &Path, clusters: u64) {
+fn damageable(path: &Path, method: &str, clusters: u64) {
     let mut bytes = vec![0; (clusters * CLUSTER) as usize];
     Rng::new(5).fill(&mut bytes);
     for (n, cluster) in bytes.chunks_mut(CLUSTER as usize).enumerate() {
@@ -349,15 +364,19 @@ fn damageable(path: &Path, clusters: u64) {
         cluster[8192..].fill(n as u8);
         cluster.copy_within(..4096, 20_000);
     }
-    compress(path, "compat=1.1", &bytes);
+    compress(path, &format!("compat=1.1{method}"), &bytes);
     assert_eq!(compressed_clusters(&Dissected::load(path)).len() as u64, clusters);
 }
 
 #[test]
 fn damaged_streams_fail_where_they_fail_in_qemu() {
+    METHODS.iter().for_each(|method| damaged_streams(method));
+}
+
+fn damaged_streams(method: &str) {
     let scratch = Scratch::new();
     let path = scratch.path("image");
-    damageable(&path, 64);
+    damageable(&path, method, 64);
     let mut rng = Rng::new(7);
     Dissected::patch(&path, |image| {
         for cluster in 0..64 {
@@ -379,9 +398,13 @@ fn damaged_streams_fail_where_they_fail_in_qemu() {
 
 #[test]
 fn a_stream_that_is_cut_short_fails_where_it_fails_in_qemu() {
+    METHODS.iter().for_each(|method| streams_cut_short(method));
+}
+
+fn streams_cut_short(method: &str) {
     let scratch = Scratch::new();
     let path = scratch.path("image");
-    damageable(&path, 32);
+    damageable(&path, method, 32);
     Dissected::patch(&path, |image| {
         for cluster in 0..32u64 {
             let (descriptor, _) = image.entry(cluster);

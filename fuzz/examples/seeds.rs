@@ -93,6 +93,9 @@ fn main() {
     {
         let length = qcow2rs::format::compressed::deflate(&bytes, &mut packed).unwrap_or(0);
         put("parsers", &format!("stream-{name}"), &[&[0], &packed[..length]].concat(), 4);
+        let zstd = qcow2rs::Compression::Zstd.compress(&bytes, &mut packed);
+        let length = zstd.expect("there is memory").unwrap_or(0);
+        put("parsers", &format!("zstd-{name}"), &[&[8], &packed[..length]].concat(), 4);
     }
     let directory = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 16, 0, 1, 0, 0, 0, 0, b'b'];
     put("parsers", "bitmaps", &directory, 2);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::layout::{Layout, fully_allocated, layout};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::compression::Compression;
 use crate::format::extensions::Extensions;
 use crate::format::header::{BackingRef, Header, MAGIC, compatible, incompatible};
 use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
@@ -43,6 +44,8 @@ pub struct CreateOptions {
     pub refcount_bits: u32,
     /// Whether refcounts may be written at close, and rebuilt after a crash.
     pub lazy_refcounts: bool,
+    /// How compressed clusters are compressed.
+    pub compression: Compression,
     /// The image below, as it is written into the header, and its format.
     pub backing: Option<(Vec<u8>, Format)>,
 }
@@ -56,6 +59,7 @@ impl Default for CreateOptions {
             extended_l2: false,
             refcount_bits: 16,
             lazy_refcounts: false,
+            compression: Compression::Zlib,
             backing: None,
         }
     }
@@ -73,6 +77,7 @@ impl CreateOptions {
         let version_3_only = [
             (self.extended_l2, "extended L2 entries"),
             (self.lazy_refcounts, "lazy refcounts"),
+            (self.compression != Compression::Zlib, "a compression type other than zlib"),
             (self.refcount_bits != 16, "a refcount width other than 16 bits"),
         ];
         for (wanted, what) in version_3_only {
@@ -117,14 +122,22 @@ impl CreateOptions {
             reftable_clusters: layout.reftable as u32,
             snapshot_count: 0,
             snapshots_offset: 0,
-            incompatible: if self.extended_l2 { incompatible::EXTENDED_L2 } else { 0 },
+            incompatible: self.incompatible(),
             compatible: if self.lazy_refcounts { compatible::LAZY_REFCOUNTS } else { 0 },
             autoclear: 0,
             refcount_order: self.refcount_bits.ilog2(),
-            compression: 0,
+            compression: self.compression.number(),
             unknown_fields: Vec::new(),
             header_length: if self.version < 3 { 72 } else { 112 },
             extensions: Extensions::default(),
+        }
+    }
+
+    fn incompatible(&self) -> u64 {
+        let extended_l2 = if self.extended_l2 { incompatible::EXTENDED_L2 } else { 0 };
+        match self.compression {
+            Compression::Zlib => extended_l2,
+            Compression::Zstd => extended_l2 | incompatible::COMPRESSION,
         }
     }
 
@@ -132,6 +145,7 @@ impl CreateOptions {
     fn advise(&self, name: &str) {
         let reader = match (self.extended_l2, self.version) {
             (true, _) => "QEMU 5.2 or later",
+            (false, _) if self.compression == Compression::Zstd => "QEMU 5.1 or later",
             (false, 3) => "QEMU 1.1 or later",
             (false, _) => "any QEMU",
         };

@@ -3,6 +3,7 @@
 
 use super::create::CreateOptions;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::compression::Compression;
 use crate::image::option_values::{bad_value, number, size, switch};
 
 impl CreateOptions {
@@ -16,7 +17,7 @@ impl CreateOptions {
     /// | extended_l2 | on, off | subclusters |
     /// | refcount_bits | number | a power of two up to 64 |
     /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash |
-    /// | compression_type | zlib | |
+    /// | compression_type | zlib, zstd | of compressed clusters |
     /// | preallocation | off | |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value;
@@ -31,8 +32,8 @@ impl CreateOptions {
             "refcount_bits" => self.refcount_bits = refcount_bits(name, value)?,
             "lazy_refcounts" => self.lazy_refcounts = switch(name, value)?,
             "compression_type" => match value {
-                "zlib" => {}
-                "zstd" => return Err(unsupported(name, value)),
+                "zlib" => self.compression = Compression::Zlib,
+                "zstd" => self.compression = Compression::Zstd,
                 _ => return Err(bad_value(name, value, "it is zlib or zstd")),
             },
             "preallocation" => match value {
@@ -116,7 +117,7 @@ mod tests {
             ("extended_l2", "on"),
             ("refcount_bits", "64"),
             ("lazy_refcounts", "on"),
-            ("compression_type", "zlib"),
+            ("compression_type", "zstd"),
             ("preallocation", "off"),
             ("data_file_raw", "off"),
         ] {
@@ -125,7 +126,9 @@ mod tests {
         assert_eq!(options.size, Some(3 << 29));
         assert_eq!((options.version, options.cluster_size), (2, 2 << 20));
         assert_eq!((options.extended_l2, options.lazy_refcounts), (true, true));
-        assert_eq!(options.refcount_bits, 64);
+        assert_eq!((options.refcount_bits, options.compression), (64, Compression::Zstd));
+        options.set("compression_type", "zlib").unwrap();
+        assert_eq!(options.compression, Compression::Zlib);
         options.set("compat", "v3").unwrap();
         assert_eq!(options.version, 3);
     }
@@ -153,7 +156,6 @@ mod tests {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
         for (name, value) in [
-            ("compression_type", "zstd"),
             ("preallocation", "full"),
             ("data_file_raw", "on"),
             ("encrypt.format", "luks"),

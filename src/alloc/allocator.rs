@@ -70,7 +70,7 @@ pub(super) struct State {
     /// Given out, then not used: refcount raised, content arbitrary.
     returned: Vec<u64>,
     /// As `returned`, but an operation on them may still be under way.
-    abandoned: Vec<u64>,
+    pub abandoned: Vec<u64>,
 }
 
 /// Neighbouring clusters just allocated, refcount 1. Whoever gets them must

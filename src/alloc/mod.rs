@@ -7,4 +7,5 @@ mod grow;
 pub mod health;
 pub mod limbo;
 pub mod overlap;
+pub mod packing;
 pub mod refcounts;

@@ -191,6 +191,34 @@ impl Refcounts {
         slice.set(at, self.width.set(slice.get(at), index % per_word, value));
     }
 
+    /// Adds a reference to a cluster that has some; `false`: no more can be counted.
+    /// `Corrupt` where there is none.
+    pub(super) async fn raise<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        cluster: u64,
+    ) -> Result<bool> {
+        let none = || {
+            let name = storage.name();
+            Error::corrupt(format!(
+                "{name}: host cluster {cluster} is in use but its refcount is 0"
+            ))
+        };
+        let place = self.place(cluster)?.ok_or_else(none)?;
+        let raised = self
+            .update(engine, storage, place.key, |slice| {
+                let count = self.get_in(place.index, |i| slice.get(i));
+                let possible = count < self.width.max();
+                if possible {
+                    self.set_in(slice, place.index, count + 1);
+                }
+                (count > 0).then_some(possible)
+            })
+            .await?;
+        raised.ok_or_else(none)
+    }
+
     /// Takes one reference from each cluster of a range. `Corrupt` where there was
     /// none to take, and for metadata, which has left the overlap index before it is
     /// freed.

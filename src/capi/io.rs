@@ -6,7 +6,7 @@ use libc::iovec;
 
 use super::entry::{Call, flags};
 use super::open::qcow2rs_image;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::image::handle::{WriteFlags, ZeroFlags};
 use crate::sys::memory::Guest;
 
@@ -82,12 +82,9 @@ fn range(length: usize, offset: u64) -> Result<()> {
 #[inline]
 pub(super) fn write_flags(given: u32) -> Result<WriteFlags> {
     flags(given, QCOW2RS_IO_FUA | QCOW2RS_IO_COMPRESSED | QCOW2RS_IO_UNCHANGED)?;
-    if given & QCOW2RS_IO_COMPRESSED != 0 {
-        let text = "this build does not write compressed clusters";
-        return Err(Error::new(ErrorKind::NotSupported, text));
-    }
     Ok(WriteFlags {
         fua: given & QCOW2RS_IO_FUA != 0,
+        compressed: given & QCOW2RS_IO_COMPRESSED != 0,
         unchanged: given & QCOW2RS_IO_UNCHANGED != 0,
     })
 }
@@ -151,6 +148,12 @@ pub unsafe extern "C" fn qcow2rs_preadv(
 }
 
 /// [MT] Writes.  flags: FUA, COMPRESSED, UNCHANGED.
+/// With COMPRESSED: whole clusters, but for the end of the disk's last one
+/// (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
+/// replaced).  What does not get smaller is stored as without the flag, wherever
+/// that can be.  Compressing is done by the calling thread (for a queue, by who
+/// drives it): calls of several threads compress at once.  -ENOTSUP: a raw
+/// image.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_pwrite(
     img: *mut qcow2rs_image,

@@ -6,6 +6,7 @@
 
 mod parse;
 
+use super::compression::Compression;
 use super::extensions::Extensions;
 pub use super::features::{autoclear, compatible, incompatible};
 use super::limits::{
@@ -55,7 +56,7 @@ pub struct Header {
     pub autoclear: u64,
     /// log2 of the number of bits of a refcount, 0 to 6.
     pub refcount_order: u32,
-    /// Compression type: 0 deflate, 1 zstd.
+    /// Compression type, see [`Compression::number`].
     pub compression: u8,
     /// The fields behind those that we know, byte 112 to `header_length`.
     pub unknown_fields: Vec<u8>,
@@ -186,11 +187,7 @@ impl Header {
         if self.external_data_file() {
             return Err(unsupported("the image keeps its data in an external data file"));
         }
-        match self.compression {
-            0 => {}
-            1 => return Err(unsupported("the image uses zstd compression")),
-            other => return Err(bad(format!("compression type {other} does not exist"))),
-        }
+        Compression::of(self.compression)?;
         if !writable {
             return Ok(());
         }

@@ -126,8 +126,8 @@ impl L2Format {
         if plain { Some((host.checked_add(from)?, descriptor & COPIED != 0)) } else { None }
     }
 
-    /// The entry for what is to be said. Compressed clusters are never written
-    /// here: their entries come from `compressed::encode`.
+    /// The entry for what is to be said. Compressed data has to be
+    /// where `compressed::encode` can say it.
     pub fn encode(self, cluster: Cluster) -> L2Entry {
         let (offset, copied, alloc, zero) = match cluster {
             Cluster::None { zero } => (0, false, 0, zero),

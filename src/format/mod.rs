@@ -10,6 +10,7 @@
 pub mod bitmap;
 mod bytes;
 pub mod compressed;
+pub mod compression;
 pub mod extensions;
 pub mod features;
 pub mod header;

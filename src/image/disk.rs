@@ -3,13 +3,11 @@
 //! Requests are checked here once; then they descend the chain in a loop, so a
 //! long chain costs no stack. The chain itself is put together by `open`.
 
-use std::sync::{Arc, Mutex};
-
+use super::inflated::Inflated;
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
 use crate::alloc::health::Health;
 use crate::error::{Error, Result};
-use crate::format::compressed::Compressed;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::{GuestOffset, HostOffset};
 use crate::here::here;
@@ -25,18 +23,8 @@ pub struct Disk {
     pub options: OpenOptions,
     /// Requests so far.
     pub requests: Requests,
-    /// The compressed cluster that was read last: small reads come in rows.
-    pub inflated: Mutex<Option<Inflated>>,
-}
-
-/// What was inflated last.
-pub struct Inflated {
-    /// Of which layer.
-    pub layer: usize,
-    /// From where.
-    pub data: Compressed,
-    /// The bytes of the cluster.
-    pub bytes: Arc<Vec<u8>>,
+    /// Compressed clusters that were read last.
+    pub inflated: Inflated,
 }
 
 /// Requests so far.

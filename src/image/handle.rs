@@ -38,6 +38,11 @@ pub struct Image {
 pub struct WriteFlags {
     /// Durable on completion.
     pub fua: bool,
+    /// Store compressed: whole clusters (the disk's last one may be cut off by its
+    /// end) that are not allocated. Those that do not get smaller are stored as
+    /// usual. `InvalidArgument` for parts of clusters; `EIO` where a cluster is
+    /// allocated, unless it is a compressed one, which is replaced.
+    pub compressed: bool,
     /// The guest-visible data does not change.
     pub unchanged: bool,
 }
@@ -322,9 +327,13 @@ impl Image {
     ) -> Result<()> {
         let data = Piece::Guest(from);
         self.enter(|disk| {
-            let now = if flags.fua { None } else { disk.write_now(&Blocking, &data, offset) };
+            let plain = !flags.fua && !flags.compressed;
+            let now = if plain { disk.write_now(&Blocking, &data, offset) } else { None };
             match now {
                 Some(result) => result,
+                None if flags.compressed => {
+                    self.block(disk.write_compressed(&Blocking, data, offset, flags.fua))
+                }
                 None => self.block(disk.write(&Blocking, data, offset, flags.fua)),
             }
         })

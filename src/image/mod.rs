@@ -2,12 +2,14 @@
 
 pub(crate) mod attached;
 mod claims;
+mod compress;
 mod cow;
 mod discard;
 pub(crate) mod disk;
 mod feature_bits;
 mod gate;
 pub mod handle;
+mod inflated;
 pub mod info;
 mod info_json;
 pub(crate) mod known;

@@ -21,6 +21,7 @@ use crate::format::limits::OFFSET_MASK;
 use crate::format::refcount::RefcountWidth;
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
+use crate::io::wait::AsyncMutex;
 use crate::log;
 use crate::metadata::snapshot_table::read_snapshots;
 use crate::metadata::tables::{read, read_table};
@@ -89,6 +90,7 @@ async fn open_for_writing<E: Engine>(
         allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
         claims: Default::default(),
         flushing: crate::io::wait::AsyncMutex::new(()),
+        filling: AsyncMutex::new(None),
         flushes_begun: AtomicU64::new(0),
         flushes_done: AtomicU64::new(0),
         needs_sync: AtomicBool::new(false),

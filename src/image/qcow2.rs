@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::claims::Claims;
 use super::feature_bits::FeatureBits;
 use crate::alloc::allocator::Allocator;
+use crate::alloc::packing::Open;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::compressed::Compressed;
@@ -49,6 +50,8 @@ pub struct Writing {
     pub allocator: Allocator,
     /// Requests that change the mapping.
     pub claims: Claims,
+    /// The host cluster that compressed data goes into.
+    pub filling: AsyncMutex<Option<Open>>,
     /// Held by whoever writes metadata back.
     pub flushing: AsyncMutex<()>,
     /// Flushes begun and, the last of them, completed.

@@ -1,12 +1,13 @@
 //! Reading: straight from where the mapping says into the caller's memory.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
-use super::disk::{Disk, Inflated, Layer, Located};
+use super::disk::{Disk, Layer, Located};
 use crate::alloc::epoch::Inside;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
-use crate::format::compressed::{self, Compressed};
+use crate::format::compressed::Compressed;
+use crate::format::compression::Compression;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::GuestOffset;
 use crate::io::engine::{Engine, Target};
@@ -75,7 +76,7 @@ impl Disk {
             (Subcluster::Compressed, Layer::Qcow2(image)) => {
                 let Some(data) = part.run.compressed else { return Ok(()) };
                 let in_cluster = image.geometry().in_cluster(at.0) as usize;
-                let bytes = self.inflate(engine, part.layer, data).await?;
+                let bytes = self.inflate(engine, part.layer, data, at).await?;
                 if let Some(bytes) = bytes.get(in_cluster..in_cluster + to.len()) {
                     to.copy_from(bytes);
                 }
@@ -95,18 +96,16 @@ impl Disk {
         }
     }
 
-    /// The bytes of a compressed cluster.
+    /// The bytes of a compressed cluster, of which `at` is one.
     async fn inflate<E: Engine>(
         &self,
         engine: &E,
         layer: usize,
         data: Compressed,
+        at: GuestOffset,
     ) -> Result<Arc<Vec<u8>>> {
-        let remembered = || self.inflated.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(last) = &*remembered() {
-            if last.layer == layer && last.data == data {
-                return Ok(last.bytes.clone());
-            }
+        if let Some(bytes) = self.inflated.get(layer, data) {
+            return Ok(bytes);
         }
         let Some(Layer::Qcow2(image)) = self.layers.get(layer) else {
             return Err(Error::corrupt("compressed data in a raw image"));
@@ -115,18 +114,29 @@ impl Disk {
         let block = Block::zeroed(data.length as usize)?;
         let input = block.slice(0, data.length as usize);
         image.storage.read(engine, Target::Block(input.clone()), data.offset).await?;
+        // Requests in flight together read it together; one of them does the work.
+        if let Some(bytes) = self.inflated.get(layer, data) {
+            return Ok(bytes);
+        }
         let mut output = fallible::filled(size, 0)?;
-        compressed::inflate(&input.to_vec()?, &mut output).map_err(|error| {
+        let method = Compression::of(image.header.compression)?;
+        method.decompress(&input.to_vec()?, &mut output).map_err(|error| {
+            let kind = match error.kind() {
+                ErrorKind::Corrupt => ErrorKind::DataLost,
+                other => other,
+            };
             let name = image.storage.name();
             let end = match image.storage.length() {
                 Ok(length) if length < data.offset => ", past the end of the file",
                 _ => "",
             };
-            let context = format!("{name}: compressed cluster at {:#x}{end}", data.offset);
-            error.wrap_as(ErrorKind::DataLost, context)
+            let host = data.offset;
+            let context =
+                format!("{name}: guest offset {at}, compressed cluster at {host:#x}{end}");
+            error.wrap_as(kind, context)
         })?;
         let bytes = Arc::new(output);
-        *remembered() = Some(Inflated { layer, data, bytes: bytes.clone() });
+        self.inflated.put(layer, data, bytes.clone());
         Ok(bytes)
     }
 

@@ -283,8 +283,9 @@ impl Qcow2 {
     /// nothing reserved. Nobody may be inside.
     pub(super) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
         let Some(writing) = &self.writing else { return Ok(()) };
-        self.flush(engine).await?;
         let allocator = &writing.allocator;
+        allocator.stop_filling(&mut *writing.filling.lock().await);
+        self.flush(engine).await?;
         allocator.release_ready(engine, &self.storage).await?;
         let needed = allocator.give_back_all(engine, &self.storage).await?;
         let dirty = writing.features.dirty();

@@ -90,11 +90,11 @@ impl Request {
                 result
             }
             Work::Write(From::Guest(from), offset, flags) => {
-                disk.write(engine, Piece::Guest(from), offset, flags.fua).await
+                disk.write_with(engine, Piece::Guest(from), offset, flags).await
             }
             Work::Write(From::Owned(bytes), offset, flags) => {
                 let from = Piece::Guest(GuestRef::from_slice(&bytes));
-                let result = disk.write(engine, from, offset, flags.fua).await;
+                let result = disk.write_with(engine, from, offset, flags).await;
                 buffer = Some(bytes);
                 result
             }

@@ -91,6 +91,9 @@ impl Guest<'_> {
     }
 
     async fn request(&mut self) -> Result<(), String> {
+        if self.life.config().compress && self.rng.chance(1, 3) {
+            return self.compress().await;
+        }
         let [writes, zeroes, discards, flushes] = self.habit.shares();
         let mut at = self.rng.below(16);
         for (share, change) in
@@ -145,6 +148,41 @@ impl Guest<'_> {
         self.judge(result)
     }
 
+    /// Whole clusters; mostly what was there is given up first, for compressed data
+    /// does not replace it.
+    async fn compress(&mut self) -> Result<(), String> {
+        let per_cluster = self.life.config().kind.cluster / SECTOR;
+        let all = self.life.config().kind.size / SECTOR;
+        let range = self.range();
+        let start = range.start / per_cluster * per_cluster;
+        let sectors = start..range.end.next_multiple_of(per_cluster).min(all);
+        let image = self.image;
+        if self.rng.chance(7, 8) {
+            self.note("Discard before compressing", &sectors);
+            let ticket = self.life.begin(Change::Discard, sectors.clone());
+            let discard = image.discard(&SimEngine, ticket.offset(), ticket.len());
+            let result = self.ask(discard).await;
+            let success = matches!(result, Some(Ok(())));
+            self.life.oracle.borrow_mut().end(&ticket, success, false);
+            self.judge(result)?;
+        }
+        let fua = self.rng.chance(1, 8);
+        self.note("Compress", &sectors);
+        let ticket = self.life.begin(Change::Write, sectors.clone());
+        let data = ticket.data();
+        let piece = Piece::Guest(GuestRef::from_slice(&data));
+        let write = image.write_compressed(&SimEngine, piece, ticket.offset(), fua);
+        let result = self.ask(write).await;
+        let success = matches!(result, Some(Ok(())));
+        self.life.oracle.borrow_mut().end(&ticket, success, fua);
+        self.note(&format!("Compress gave {result:?} for"), &sectors);
+        match result {
+            // Somebody was faster, or nothing was given up.
+            Some(Err(error)) if is_taken(&error) => Ok(()),
+            result => self.judge(result),
+        }
+    }
+
     async fn flush(&mut self) -> Result<(), String> {
         self.life.disk.note(format!("guest {}: flush", self.index));
         let begun = self.life.oracle.borrow_mut().begin_flush();
@@ -179,4 +217,9 @@ impl Guest<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether a compressed write was refused because the cluster is allocated.
+pub fn is_taken(error: &qcow2rs::Error) -> bool {
+    error.message().contains("discard it first")
 }

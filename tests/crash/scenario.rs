@@ -34,6 +34,8 @@ pub struct Config {
     pub give_up: bool,
     /// Whether it is used by queues.
     pub queues: bool,
+    /// Whether guests write compressed clusters, too.
+    pub compress: bool,
     /// What a loss of power does.
     pub medium: Medium,
     /// After one in how many steps a crash image is drawn that is looked at, but
@@ -306,6 +308,7 @@ impl Config {
             faults: false,
             give_up: false,
             queues: false,
+            compress: false,
             medium: Medium::Seeded,
             every: 40,
             mode: Mode::from_environment(),

@@ -168,7 +168,7 @@ impl Model {
     /// A request came back.
     pub fn note(&mut self, op: Op, done: bool) {
         let (at, len, value) = match op {
-            Op::Write { at, len, byte } => (at, len, byte),
+            Op::Write { at, len, byte } | Op::Compress { at, len, byte } => (at, len, byte),
             Op::Zero { at, len, .. } | Op::Discard { at, len } => (at, len, 0),
             Op::Flush if done => return self.after = self.now.clone(),
             Op::Flush | Op::Read { .. } => return,

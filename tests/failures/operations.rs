@@ -28,6 +28,9 @@ fn workload(kind: &Kind) -> Vec<Op> {
         Op::Read { at: 0, len: 8 * cluster },
         Op::Write { at: (clusters - 2) * cluster, len: 2 * cluster, byte: 206 },
         Op::Discard { at: 0, len: 2 * cluster },
+        // Over what is compressed, and over nothing.
+        Op::Compress { at: far + 9 * cluster, len: cluster, byte: 208 },
+        Op::Compress { at: far + 11 * cluster, len: cluster, byte: 209 },
         Op::Flush,
         Op::Write { at: 0, len: part, byte: 207 },
     ]

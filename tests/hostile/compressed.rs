@@ -1,11 +1,11 @@
 //! Compressed clusters: descriptors that lead astray, data that is none.
 
 use qcow2rs::format::compressed::deflate;
-use qcow2rs::{ErrorKind, WriteFlags};
+use qcow2rs::{Compression, ErrorKind, WriteFlags};
 
 use crate::images::{Kind, MEMORY, image, open, options};
 use crate::memory::peak;
-use crate::support::dissect::{COMPRESSED, Dissected};
+use crate::support::dissect::{COMPRESSED, Dissected, field};
 use crate::support::memory_disk::MemoryDisk;
 
 /// Guest cluster 0 is compressed, at these bytes of the file.
@@ -91,6 +91,77 @@ fn a_bomb_fills_one_cluster() {
         stored(&mut spoiled, &packed[..length.min(room)]);
         assert!(read(&spoiled).unwrap().iter().all(|byte| *byte == 0));
     }
+}
+
+/// Makes the image one of zstd, with this data as guest cluster 0.
+fn of_zstd(data: &[u8]) -> Dissected {
+    let mut spoiled = image(Kind::Compressed);
+    spoiled.put(field::COMPRESSION, &[1]);
+    spoiled.put(field::INCOMPATIBLE, &(1u64 << 3).to_be_bytes());
+    stored(&mut spoiled, data);
+    spoiled
+}
+
+fn zstd(data: &[u8]) -> Vec<u8> {
+    let mut packed = vec![0; data.len() + 1000];
+    let length = Compression::Zstd.compress(data, &mut packed).unwrap().unwrap();
+    packed.truncate(length);
+    packed
+}
+
+/// A frame whose only block repeats a byte: a header with this window (its log less
+/// ten, times eight), and no size of the content.
+fn repeated(window: u8, count: u32) -> Vec<u8> {
+    let block = (count << 3 | 1 << 1 | 1).to_le_bytes();
+    [&[0x28, 0xb5, 0x2f, 0xfd, 0, window][..], &block[..3], &[7]].concat()
+}
+
+#[test]
+fn zstd_frames_have_to_fill_the_cluster_exactly() {
+    let half = zstd(&[5; 2048]);
+    let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0][..], b"skip"].concat();
+    for (frames, byte) in [
+        (zstd(&[5; 4096]), 5),
+        ([&half[..], &half].concat(), 5),
+        ([&skippable[..], &half, &skippable, &half, b"garbage"].concat(), 5),
+        (repeated(0, 4096), 7),
+        // It is never kept, whatever it is.
+        (repeated(17 << 3, 4096), 7),
+    ] {
+        assert_eq!(read(&of_zstd(&frames)), Ok(vec![byte; 4096]));
+    }
+    let cut = zstd(&[5; 4096]);
+    for frames in [
+        half.clone(),
+        zstd(&[5; 4097]),
+        // 128 KiB of a block, 32 MiB of many.
+        repeated(0, 128 << 10),
+        zstd(&vec![0; 32 << 20]),
+        [&half[..], &zstd(&[5; 4096])].concat(),
+        skippable.clone(),
+        [&half[..], &skippable[..9]].concat(),
+        b"not a frame".to_vec(),
+        vec![0; 512],
+        // A dictionary that nobody has.
+        [&[0x28, 0xb5, 0x2f, 0xfd, 1, 0, 9][..], &cut[6..]].concat(),
+    ] {
+        refused(&of_zstd(&frames), LOST);
+    }
+    // Cut off by the end of the file: zeroes are no frame.
+    let mut spoiled = of_zstd(&zstd(&(0..4096).map(|i| (i * i / 7) as u8).collect::<Vec<_>>()));
+    spoiled.bytes.truncate(spoiled.bytes.len() - 3);
+    refused(&spoiled, LOST);
+}
+
+#[test]
+fn errors_of_compressed_data_name_both_places() {
+    let spoiled = of_zstd(b"not a frame");
+    let disk = MemoryDisk::new(&spoiled.bytes);
+    let image = open(&disk, &options(false)).unwrap();
+    let error = image.read_at(&mut [0; 10], 700).unwrap_err();
+    assert_eq!(error.errno(), libc::EIO);
+    let message = error.message();
+    assert!(message.contains("guest offset 0x2bc, compressed cluster at 0x"), "{message}");
 }
 
 #[test]

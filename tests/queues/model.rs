@@ -49,6 +49,7 @@ struct Run<'a> {
 fn span(op: &Op) -> (u64, u64) {
     match *op {
         Op::Read { at, len } | Op::Discard { at, len } => (at, at + len),
+        Op::Compress { at, len, .. } => (at, at + len),
         Op::Write { at, len, .. } | Op::Zero { at, len, .. } => (at, at + len),
         Op::Flush => (0, 0),
     }
@@ -61,6 +62,10 @@ impl Run<'_> {
             Op::Read { at, len } => queue.read(vec![0xee; len as usize], at, number).unwrap(),
             Op::Write { at, len, byte } => {
                 let flags = WriteFlags { fua: self.rng.below(20) == 0, ..Default::default() };
+                queue.write(vec![byte; len as usize], at, flags, number).unwrap();
+            }
+            Op::Compress { at, len, byte } => {
+                let flags = WriteFlags { compressed: true, ..Default::default() };
                 queue.write(vec![byte; len as usize], at, flags, number).unwrap();
             }
             Op::Zero { at, len, unmap: may_unmap } => {

@@ -115,10 +115,30 @@ impl Case {
 /// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
-    Read { at: u64, len: u64 },
-    Write { at: u64, len: u64, byte: u8 },
-    Zero { at: u64, len: u64, unmap: bool },
-    Discard { at: u64, len: u64 },
+    Read {
+        at: u64,
+        len: u64,
+    },
+    Write {
+        at: u64,
+        len: u64,
+        byte: u8,
+    },
+    Zero {
+        at: u64,
+        len: u64,
+        unmap: bool,
+    },
+    Discard {
+        at: u64,
+        len: u64,
+    },
+    /// Whole clusters that are not allocated, or compressed.
+    Compress {
+        at: u64,
+        len: u64,
+        byte: u8,
+    },
     Flush,
 }
 
@@ -131,6 +151,7 @@ impl Op {
             Op::Zero { at, len, unmap: true } => format!("write -z -u {at} {len}"),
             Op::Zero { at, len, unmap: false } => format!("write -z {at} {len}"),
             Op::Discard { at, len } => format!("discard {at} {len}"),
+            Op::Compress { at, len, byte } => format!("write -c -P {byte} {at} {len}"),
             Op::Flush => "flush".into(),
         }
     }
@@ -151,6 +172,10 @@ impl Op {
                 image.write_zeroes(at, len, ZeroFlags { may_unmap, ..Default::default() })
             }
             Op::Discard { at, len } => image.discard(at, len),
+            Op::Compress { at, len, byte } => {
+                let flags = WriteFlags { compressed: true, ..WriteFlags::default() };
+                image.write_at(&vec![byte; len as usize], at, flags)
+            }
             Op::Flush => image.flush(),
         }
     }
@@ -158,7 +183,9 @@ impl Op {
     /// On a byte array. Discards count where they cover clusters, as in QEMU.
     pub fn model(&self, case: &Case, bytes: &mut [u8]) {
         match *self {
-            Op::Write { at, len, byte } => bytes[at as usize..(at + len) as usize].fill(byte),
+            Op::Write { at, len, byte } | Op::Compress { at, len, byte } => {
+                bytes[at as usize..(at + len) as usize].fill(byte);
+            }
             Op::Zero { at, len, .. } => bytes[at as usize..(at + len) as usize].fill(0),
             Op::Discard { at, len } => {
                 // In version 2 only data can hide a backing file: it stays.

@@ -9,7 +9,7 @@ use super::super::schedules::scene::Scene;
 use super::super::support::builder::Kind;
 
 /// What can be done. What the driver learns to do later (resizing, snapshots,
-/// compressed writes, commit) comes in here and into `perform`.
+/// commit) comes in here and into `perform`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
     Write,
@@ -18,6 +18,8 @@ pub enum Action {
     Zero,
     ZeroAndUnmap,
     Discard,
+    /// Refused where the cluster is allocated.
+    Compress,
     Flush,
     /// The last of all.
     Close,
@@ -42,6 +44,7 @@ impl Op {
             Zero => scene.zero(sectors, false).await,
             ZeroAndUnmap => scene.zero(sectors, true).await,
             Discard => scene.discard(sectors).await,
+            Compress => scene.compress(sectors).await.map(drop),
             Flush => scene.flush().await,
             Close => scene.settle().await,
         }
@@ -123,6 +126,8 @@ pub fn all(kind: &Kind) -> Vec<Op> {
         add(action, "2 clusters and a sector", "slices", slices(double));
         add(action, "cluster", "last", last(cluster));
     }
+    add(Compress, "cluster", "whole", whole(cluster));
+    add(Compress, "2 clusters", "whole", 2 * cluster..4 * cluster);
     add(WriteFua, "sector", "between", between(1));
     add(WriteFua, "cluster", "whole", whole(cluster));
     add(WriteFua, "2 clusters and a sector", "slices", slices(double));

@@ -7,6 +7,7 @@
 pub mod scene;
 
 mod cancel;
+mod compressing;
 mod durability;
 mod exhaustion;
 mod growth;

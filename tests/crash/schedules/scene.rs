@@ -12,6 +12,7 @@ use qcow2rs::io::sim::{
 };
 use qcow2rs::{Result, ZeroFlags};
 
+use super::super::guest::is_taken;
 use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
 use super::super::scenario::{Config, Failure, Scenario, known_after, open};
@@ -181,6 +182,20 @@ impl Scene {
             self.image.write(&SimEngine, piece, ticket.offset(), fua).await
         };
         self.change(Change::Write, sectors, fua, request).await
+    }
+
+    /// Writes compressed; `false` where the cluster is allocated.
+    pub async fn compress(&self, sectors: Range<u64>) -> Result<bool> {
+        let request = async |ticket: &Ticket| {
+            let data = ticket.data();
+            let piece = Piece::Guest(GuestRef::from_slice(&data));
+            self.image.write_compressed(&SimEngine, piece, ticket.offset(), false).await
+        };
+        match self.change(Change::Write, sectors, false, request).await {
+            Ok(()) => Ok(true),
+            Err(error) if is_taken(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub async fn zero(&self, sectors: Range<u64>, may_unmap: bool) -> Result<()> {
