@@ -2,9 +2,11 @@
 //! used again. It knows nothing of the guest's disk.
 
 pub mod allocator;
+pub mod changes;
 pub mod epoch;
 mod grow;
 pub mod health;
 pub mod limbo;
 pub mod overlap;
 pub mod refcounts;
+mod together;

@@ -78,12 +78,13 @@ impl Requests {
     }
 }
 
-/// One image of a chain.
+/// One image of a chain; chains that differ at the top share what is below.
+#[derive(Clone)]
 pub enum Layer {
     /// A qcow2 image.
-    Qcow2(Box<Qcow2>),
+    Qcow2(Arc<Qcow2>),
     /// The bytes of a storage.
-    Raw(Box<Raw>),
+    Raw(Arc<Raw>),
 }
 
 /// A raw image.
@@ -110,6 +111,14 @@ impl Layer {
         match self {
             Layer::Qcow2(image) => image.size,
             Layer::Raw(raw) => raw.size,
+        }
+    }
+
+    /// Memory for its tables, in bytes, as far as they are in memory now.
+    pub fn metadata_bytes(&self) -> u64 {
+        match self {
+            Layer::Qcow2(image) => image.l2.bytes().saturating_add(image.l1.len() as u64 * 8),
+            Layer::Raw(_) => 0,
         }
     }
 
@@ -170,6 +179,11 @@ pub struct Missing {
 }
 
 impl Disk {
+    /// A disk of these layers.
+    pub fn new(layers: Vec<Layer>, options: OpenOptions) -> Disk {
+        Disk { layers, options, requests: Requests::default(), inflated: Mutex::default() }
+    }
+
     /// This image, if it is qcow2.
     pub fn top(&self) -> Option<&Qcow2> {
         match self.layers.first() {

@@ -58,6 +58,16 @@ impl Exclusive<'_> {
     }
 }
 
+/// What goes on behind the doors after a change of the whole disk.
+pub enum Replacement {
+    /// The disk that was there.
+    None,
+    /// This one.
+    Disk(Box<Disk>),
+    /// Nothing: the image could not be read again.
+    Closed,
+}
+
 fn closed() -> Error {
     Error::invalid("the image is closed")
 }
@@ -199,6 +209,30 @@ impl Image {
     pub(crate) fn alone<R>(&self, work: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
         let _all = self.exclusive()?;
         work(&*self.disk()?)
+    }
+
+    /// As `enter`, for who has no handle of its own inside.
+    pub(crate) fn inside<R>(&self, call: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+        self.enter(call)
+    }
+
+    /// Has `work` change the disk while nobody else is inside, and goes on with what
+    /// takes its place, if that is another; `None`: the image is closed. `Busy` as for
+    /// close.
+    pub(crate) fn alter<R>(
+        &self,
+        work: impl FnOnce(&Disk) -> (Result<R>, Replacement),
+    ) -> Result<R> {
+        let mut all = self.exclusive()?;
+        let disk = self.disk()?;
+        self.usable(&disk)?;
+        let (result, replacement) = work(&disk);
+        match replacement {
+            Replacement::None => {}
+            Replacement::Disk(disk) => all.replace(Some(Arc::from(disk))),
+            Replacement::Closed => all.replace(None),
+        }
+        result
     }
 
     /// Drops all caches and reads the chain's metadata again. `InvalidArgument`

@@ -5,7 +5,7 @@ mod claims;
 mod cow;
 mod discard;
 pub(crate) mod disk;
-mod feature_bits;
+pub(crate) mod feature_bits;
 mod gate;
 pub mod handle;
 pub mod info;
@@ -18,11 +18,11 @@ mod open_writable;
 mod option_names;
 pub(crate) mod option_values;
 pub mod options;
-mod qcow2;
+pub(crate) mod qcow2;
 mod read;
 pub mod status;
 mod write;
-mod writeback;
+pub(crate) mod writeback;
 pub mod zero;
 
 /// For tests on simulated disks, which need the engine to be theirs.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::claims::Claims;
 use super::feature_bits::FeatureBits;
@@ -14,6 +14,7 @@ use crate::format::compressed::Compressed;
 use crate::format::header::Header;
 use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
 use crate::format::limits::OFFSET_MASK;
+use crate::format::snapshot::Snapshot;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::{Geometry, GuestCluster, GuestOffset, HostOffset};
 use crate::io::engine::{Engine, Target};
@@ -25,8 +26,8 @@ use crate::sys::memory::Block;
 
 /// An open qcow2 image, without what is below it.
 pub struct Qcow2 {
-    /// Where its bytes are.
-    pub storage: Storage,
+    /// Where its bytes are; shared with the snapshots of it that are open.
+    pub storage: Arc<Storage>,
     /// As read at open, but for the bits that are changed later.
     pub header: Header,
     /// How its L2 entries are read.
@@ -41,6 +42,17 @@ pub struct Qcow2 {
     pub writing: Option<Writing>,
     /// Slices that had to be loaded.
     pub misses: AtomicU64,
+    /// Its internal snapshots, once somebody has asked for them.
+    pub snapshots: OnceLock<SnapshotTable>,
+}
+
+/// The internal snapshots of an image.
+#[derive(Debug, Default)]
+pub struct SnapshotTable {
+    /// In the order of the table.
+    pub list: Vec<Snapshot>,
+    /// Bytes that the table takes in the file.
+    pub bytes: u64,
 }
 
 /// The state of an image that is open for writing.

@@ -50,7 +50,7 @@ impl Disk {
             return None;
         }
         let (storage, at) = match self.layers.get(part.layer)? {
-            Layer::Qcow2(image) => (&image.storage, part.run.host?.get()),
+            Layer::Qcow2(image) => (&*image.storage, part.run.host?.get()),
             Layer::Raw(raw) => (&raw.storage, offset),
         };
         let result = storage.read_now(engine, to, at)?;
@@ -167,7 +167,7 @@ impl Disk {
 
     /// Marks this image as corrupt if the error says that it is; see `Qcow2`.
     #[cold]
-    pub(super) async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
+    pub(crate) async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
         match self.top() {
             Some(image) if !error.is_from_below() => image.note_corruption(engine, error).await,
             _ => error,

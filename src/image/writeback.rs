@@ -270,7 +270,7 @@ impl Qcow2 {
 
     /// Brings the image into the state that its next user should find: flushed,
     /// nothing reserved. Nobody may be inside.
-    pub(super) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
+    pub(crate) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
         let Some(writing) = &self.writing else { return Ok(()) };
         self.flush(engine).await?;
         let allocator = &writing.allocator;
