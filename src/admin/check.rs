@@ -4,6 +4,7 @@ use crate::check::{CheckResult, Observer, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::disk::{Disk, Layer};
 use crate::image::handle::Image;
+use crate::image::views;
 use crate::io::blocking::Blocking;
 use crate::io::engine::Engine;
 use crate::io::wait::block_on;
@@ -36,6 +37,7 @@ impl Disk {
         observer: &mut dyn Observer,
         result: &mut CheckResult,
     ) -> Result<()> {
+        views::refuse(&self.view, "checking it")?;
         let Some(Layer::Qcow2(image)) = self.layers.first() else {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have nothing to check"));
         };

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
+use super::views::View;
 use crate::alloc::health::Health;
 use crate::error::{Error, Result};
 use crate::format::compressed::Compressed;
@@ -27,6 +28,8 @@ pub struct Disk {
     pub requests: Requests,
     /// The compressed cluster that was read last: small reads come in rows.
     pub inflated: Mutex<Option<Inflated>>,
+    /// What says that this is a snapshot, if it is one.
+    pub view: Option<Arc<View>>,
 }
 
 /// What was inflated last.
@@ -181,7 +184,8 @@ pub struct Missing {
 impl Disk {
     /// A disk of these layers.
     pub fn new(layers: Vec<Layer>, options: OpenOptions) -> Disk {
-        Disk { layers, options, requests: Requests::default(), inflated: Mutex::default() }
+        let (requests, inflated) = (Requests::default(), Mutex::default());
+        Disk { layers, options, requests, inflated, view: None }
     }
 
     /// This image, if it is qcow2.

@@ -11,6 +11,7 @@ use super::info::{Info, Stats, StoredReference};
 use super::open::access;
 use super::options::{OpenOptions, ReferenceKind};
 pub use super::status::Extent;
+use super::views::{self, Views};
 pub use super::zero::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::here::here;
@@ -31,6 +32,7 @@ pub struct Image {
     /// The same disk, for questions that are answered at any time.
     current: Mutex<Option<Arc<Disk>>>,
     queues: Queues,
+    views: Views,
 }
 
 /// Flags of a write.
@@ -87,12 +89,13 @@ impl Image {
         Ok(Image::from_disk(disk))
     }
 
-    fn from_disk(disk: Disk) -> Image {
+    pub(crate) fn from_disk(disk: Disk) -> Image {
         let disk = Arc::new(disk);
         Image {
             doors: Sharded::new(|| RwLock::new(Some(disk.clone()))),
             current: Mutex::new(Some(disk)),
             queues: Queues::default(),
+            views: Views::default(),
         }
     }
 
@@ -106,6 +109,11 @@ impl Image {
             return Err(poisoned());
         }
         self.current().clone().ok_or_else(closed)
+    }
+
+    /// The snapshots of this image that are open beside it.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
     }
 
     /// The queues of this image.
@@ -255,6 +263,7 @@ impl Image {
     fn change(&self, options: impl FnOnce(&OpenOptions) -> Result<OpenOptions>) -> Result<()> {
         let mut all = self.exclusive()?;
         let old = self.disk()?;
+        views::refuse(&old.view, "opening it in another way")?;
         let options = &options(&old.options)?;
         block_on(old.settle(&Blocking))?;
         let Some(top) = old.layers.first() else { return Err(closed()) };

@@ -21,6 +21,7 @@ pub mod options;
 pub(crate) mod qcow2;
 mod read;
 pub mod status;
+pub(crate) mod views;
 mod write;
 pub(crate) mod writeback;
 pub mod zero;

@@ -27,7 +27,7 @@ const L2_CACHE_BYTES: u64 = 32 << 20;
 const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 
 /// Memory for metadata that the options still allow.
-pub(super) struct Budget(pub u64);
+pub(crate) struct Budget(pub u64);
 
 impl Budget {
     pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
@@ -357,7 +357,7 @@ fn check_backing(header: &Header, options: &OpenOptions, name: &str) -> Result<(
 
 /// Checks the options against what the header says, and takes the memory that is
 /// needed whatever the image holds. Returns the cache of L2 slices.
-fn reserve(
+pub(crate) fn reserve(
     header: &Header,
     options: &OpenOptions,
     budget: &mut Budget,

@@ -7,6 +7,7 @@ use crate::format::limits::{MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS};
 use crate::format::snapshot::{Snapshot, encode_table};
 use crate::image::disk::Disk;
 use crate::image::qcow2::{Qcow2, SnapshotTable};
+use crate::image::views;
 use crate::io::engine::Engine;
 use crate::metadata::snapshot_table::read_snapshots;
 
@@ -19,6 +20,7 @@ impl Disk {
     /// The disk's own image, whose snapshots are meant. `NotSupported` for raw images
     /// and for snapshots that are open themselves.
     pub(super) fn image_with_snapshots(&self) -> Result<&Qcow2> {
+        views::refuse(&self.view, "its snapshots")?;
         self.top().ok_or_else(|| {
             Error::new(ErrorKind::NotSupported, "raw images have no internal snapshots")
         })

@@ -9,6 +9,7 @@ mod apply;
 mod create;
 mod delete;
 mod list;
+mod open;
 mod operation;
 mod tables;
 
@@ -99,7 +100,7 @@ impl Image {
     pub fn snapshot(&self, index: u32) -> Result<SnapshotInfo> {
         self.inside(|disk| {
             let none = || Error::new(ErrorKind::NotFound, format!("there is no snapshot {index}"));
-            if disk.top().is_none() {
+            if disk.top().is_none() || disk.view.is_some() {
                 return Err(none());
             }
             let table = block_on(disk.snapshot_table(&Blocking))?;
@@ -142,7 +143,24 @@ impl Image {
     /// Errors: `NotFound`; `Busy` if it is open; `Limit` and `NoSpace` as for
     /// `snapshot_create`. After any of these the image is as it was.
     pub fn snapshot_delete(&self, id_or_name: &[u8]) -> Result<()> {
-        self.alter(|disk| block_on(disk.snapshot_delete(&Blocking, id_or_name, |_| false)).into())
+        self.alter(|disk| {
+            let is_open = |snapshot: &Snapshot| self.views().has(snapshot);
+            block_on(disk.snapshot_delete(&Blocking, id_or_name, is_open)).into()
+        })
+    }
+
+    /// Opens a snapshot read-only, as an image of its own, beside this one: it keeps
+    /// the storage and what is below alive, this image can be written to, or be closed,
+    /// and only deleting the snapshot is refused until it is closed. It cannot be
+    /// reopened or checked.
+    ///
+    /// Errors: `NotFound`; `Corrupt`, `Limit`.
+    pub fn snapshot_open(&self, id_or_name: &[u8]) -> Result<Image> {
+        self.inside(|disk| {
+            let (mut opened, snapshot) = block_on(disk.snapshot_open(&Blocking, id_or_name))?;
+            opened.view = Some(self.views().add(snapshot));
+            Ok(Image::from_disk(opened))
+        })
     }
 
     /// Gives a snapshot another name. Durable on return. `NotFound`; `Exists`,

@@ -14,6 +14,7 @@ mod handles;
 mod lazy;
 mod races;
 mod reuse;
+mod snapshots;
 mod syncs;
 mod tables;
 mod zeroes;
