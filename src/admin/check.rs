@@ -43,7 +43,9 @@ impl Disk {
         };
         let mut header = image.header.clone();
         if let Some(writing) = &image.writing {
-            // It may have moved since.
+            // They may have moved since.
+            header.l1_offset = image.l1.offset();
+            header.l1_size = image.l1.len() as u32;
             let (offset, bytes) = writing.allocator.refcounts.table_place();
             header.reftable_offset = offset;
             header.reftable_clusters = header.geometry.clusters_for(bytes) as u32;

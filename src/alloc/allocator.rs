@@ -34,7 +34,7 @@ pub struct Allocator {
     pub(super) geometry: Geometry,
     pub(super) state: Mutex<State>,
     /// Held by whoever looks for the next run.
-    refilling: AsyncMutex<()>,
+    pub(super) refilling: AsyncMutex<()>,
     /// The refcounts.
     pub refcounts: Refcounts,
     /// Freed clusters that may not be used yet.

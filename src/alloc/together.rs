@@ -1,8 +1,7 @@
 //! Clusters for a table that has to lie in one piece.
 //!
-//! For who has the image alone: nothing else is given out meanwhile. Refcount blocks
-//! for clusters that have none are put where counts exist already, so that they are
-//! not in the way.
+//! Refcount blocks for clusters that have none are put where counts exist already, so
+//! that they are not in the way.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -27,12 +26,14 @@ impl Allocator {
         count: u64,
     ) -> Result<Range<u64>> {
         loop {
+            let one_at_a_time = self.refilling.lock().await;
             let clusters = self.find_together(engine, storage, count).await?;
             if clusters.is_empty() {
                 return Ok(clusters);
             }
             self.check_room(storage, clusters.end - 1)?;
             if let Some(index) = self.first_without_block(&clusters)? {
+                drop(one_at_a_time);
                 self.add_block_elsewhere(engine, storage, index).await?;
                 continue;
             }
@@ -111,13 +112,15 @@ impl Allocator {
             (table.offset, table.entries.len() as u64)
         };
         if index >= entries {
+            let _one_at_a_time = self.refilling.lock().await;
             return self.grow_table(engine, storage).await;
         }
         let allocation = self.allocate(engine, storage, 1).await?;
         let block = allocation.start()?;
         let size = self.geometry.cluster_size();
-        // The search may have made the very block that was missing.
-        if self.refcounts.block(index)?.is_some() {
+        let _one_at_a_time = self.refilling.lock().await;
+        // The search may have made the very block that was missing, or a larger table.
+        if self.refcounts.block(index)?.is_some() || self.refcounts.table().offset != table {
             allocation.give_back();
             return Ok(());
         }

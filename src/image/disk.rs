@@ -3,7 +3,7 @@
 //! Requests are checked here once; then they descend the chain in a loop, so a
 //! long chain costs no stack. The chain itself is put together by `open`.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
@@ -30,6 +30,9 @@ pub struct Disk {
     pub inflated: Mutex<Option<Inflated>>,
     /// What says that this is a snapshot, if it is one.
     pub view: Option<Arc<View>>,
+    /// The same image with what lies behind its end, once that is asked for.
+    pub(super) vm_state: OnceLock<Box<Disk>>,
+    pub(super) size: u64,
 }
 
 /// What was inflated last.
@@ -185,7 +188,9 @@ impl Disk {
     /// A disk of these layers.
     pub fn new(layers: Vec<Layer>, options: OpenOptions) -> Disk {
         let (requests, inflated) = (Requests::default(), Mutex::default());
-        Disk { layers, options, requests, inflated, view: None }
+        let size = layers.first().map_or(0, Layer::size);
+        let vm_state = OnceLock::new();
+        Disk { layers, options, requests, inflated, view: None, vm_state, size }
     }
 
     /// This image, if it is qcow2.
@@ -197,8 +202,9 @@ impl Disk {
     }
 
     /// Bytes of the virtual disk.
+    #[inline]
     pub fn size(&self) -> u64 {
-        self.layers.first().map_or(0, Layer::size)
+        self.size
     }
 
     /// `InvalidArgument` where a range does not lie on the disk.
@@ -225,7 +231,8 @@ impl Disk {
             let Some(layer) = self.layers.get(index) else {
                 return Err(Error::invalid("there is no such layer"));
             };
-            let left = layer.size().saturating_sub(offset.0);
+            let size = if index == 0 { self.size } else { layer.size() };
+            let left = size.saturating_sub(offset.0);
             if left == 0 {
                 let kind = Subcluster::Unallocated;
                 let run = Run { kind, len: max, host: None, copied: false, compressed: None };

@@ -144,7 +144,7 @@ impl Image {
 
     /// Waits for a call's future; `Deadlock` rather than for ever.
     #[inline]
-    fn block<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) fn block<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         match block_on_unless(call, |parked| self.queues.idle(parked, &self.doors)) {
             ControlFlow::Continue(result) => result,
             ControlFlow::Break(deadlock) => Err(deadlock),

@@ -10,6 +10,7 @@ mod gate;
 pub mod handle;
 pub mod info;
 mod info_json;
+mod l1_table;
 mod l2_tables;
 #[cfg(qcow2rs_mutants)]
 mod mutants;
@@ -22,6 +23,7 @@ pub(crate) mod qcow2;
 mod read;
 pub mod status;
 pub(crate) mod views;
+mod vm_state;
 mod write;
 pub(crate) mod writeback;
 pub mod zero;

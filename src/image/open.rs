@@ -312,7 +312,7 @@ async fn open_qcow2<E: Engine>(
     let geometry = header.geometry;
     let l2 = reserve(&header, options, budget, storage.name())?;
     let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
-    let l1 = L1Table::new(table.into_iter());
+    let l1 = L1Table::new(header.l1_offset, table.into_iter());
 
     Ok(Qcow2 {
         storage,

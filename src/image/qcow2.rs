@@ -1,12 +1,12 @@
 //! One qcow2 image of a chain: its tables in memory, and the way from a guest
 //! offset to what is stored there.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use super::claims::Claims;
 use super::feature_bits::FeatureBits;
+pub use super::l1_table::L1Table;
 use crate::alloc::allocator::Allocator;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
@@ -81,62 +81,6 @@ pub struct Writing {
     pub discard_keeps: bool,
     /// Bytes read from below (or from an older place) and copied.
     pub cow_bytes: AtomicU64,
-}
-
-/// The L1 table: host offsets of L2 tables, with the COPIED flag.
-pub struct L1Table {
-    entries: Box<[AtomicU64]>,
-    dirty: Mutex<BTreeSet<usize>>,
-}
-
-impl L1Table {
-    /// The table with these entries.
-    pub fn new(entries: impl Iterator<Item = u64>) -> L1Table {
-        L1Table { entries: entries.map(AtomicU64::new).collect(), dirty: Mutex::default() }
-    }
-
-    /// The entry at `index`; 0 past the end: there is no L2 table.
-    #[inline]
-    pub fn get(&self, index: u64) -> u64 {
-        let entry = usize::try_from(index).ok().and_then(|index| self.entries.get(index));
-        entry.map_or(0, |entry| entry.load(Ordering::Acquire))
-    }
-
-    /// Changes an entry; it is written with the next flush.
-    pub fn set(&self, index: u64, value: u64) {
-        let Some(index) = usize::try_from(index).ok().filter(|i| *i < self.entries.len()) else {
-            return;
-        };
-        let mut dirty = self.dirty();
-        self.entries[index].store(value, Ordering::Release);
-        dirty.insert(index);
-    }
-
-    fn dirty(&self) -> MutexGuard<'_, BTreeSet<usize>> {
-        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What changed since the last call: indices and values, in order.
-    pub fn take_dirty(&self) -> Vec<(usize, u64)> {
-        let mut dirty = self.dirty();
-        let list = std::mem::take(&mut *dirty);
-        list.into_iter().map(|i| (i, self.entries[i].load(Ordering::Acquire))).collect()
-    }
-
-    /// These did not reach the storage.
-    pub fn put_back(&self, entries: &[(usize, u64)]) {
-        self.dirty().extend(entries.iter().map(|(index, _)| *index));
-    }
-
-    /// Number of entries.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// All entries.
-    pub fn iter(&self) -> impl Iterator<Item = u64> {
-        self.entries.iter().map(|entry| entry.load(Ordering::Acquire))
-    }
 }
 
 /// A part of the virtual disk that is stored alike, in one piece.

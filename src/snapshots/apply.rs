@@ -64,12 +64,16 @@ async fn apply<E: Engine>(operation: &mut Operation<'_, E>, id_or_name: &[u8]) -
     operation.header.l1_offset = operation.place(&l1_bytes(&l1)?).await?;
 
     operation.commit().await?;
-    clear_flags(engine, image, &flagged).await?;
-    refcounts.raise(engine, &image.storage, &mut gained).await?;
-    operation.sync().await?;
+    if !mutant!(SnapshotFlagsKept) {
+        clear_flags(engine, image, &flagged).await?;
+    }
+    if !mutant!(SnapshotRaisedLate) {
+        refcounts.raise(engine, &image.storage, &mut gained).await?;
+    }
     operation.switch().await?;
-    let old = &image.header;
-    operation.free(old.l1_offset, u64::from(old.l1_size) * 8, Metadata::L1).await?;
+    mutant!(SnapshotRaisedLate => refcounts.raise(engine, &image.storage, &mut gained).await?);
+    let old_bytes = image.l1.len() as u64 * 8;
+    operation.free(image.l1.offset(), old_bytes, Metadata::L1).await?;
     refcounts.write_back(engine, &image.storage).await?;
     let lowered = refcounts.lower_all(engine, &image.storage, lost).await?;
     operation.punch(&lowered).await;

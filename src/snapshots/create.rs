@@ -20,10 +20,11 @@ impl Disk {
         engine: &E,
         name: &[u8],
         meta: &Meta,
+        check_id: impl Fn(&[u8]) -> Result<()> + Send,
     ) -> Changed<Vec<u8>> {
         match Operation::begin(engine, self).await {
             Ok(mut operation) => {
-                let result = create(&mut operation, name, meta).await;
+                let result = create(&mut operation, name, meta, check_id).await;
                 operation.finish(result).await
             }
             Err(error) => Changed { result: Err(error), disk: Replacement::None },
@@ -53,6 +54,7 @@ async fn create<E: Engine>(
     operation: &mut Operation<'_, E>,
     name: &[u8],
     meta: &Meta,
+    check_id: impl Fn(&[u8]) -> Result<()>,
 ) -> Result<Vec<u8>> {
     operation.refuse_external_data()?;
     let list = &operation.table.list;
@@ -64,14 +66,15 @@ async fn create<E: Engine>(
     let (engine, image) = (operation.engine, operation.image);
     let header = &image.header;
     let snapshot = Snapshot {
-        l1_offset: header.l1_offset,
-        l1_size: header.l1_size,
+        l1_offset: image.l1.offset(),
+        l1_size: image.l1.len() as u32,
         id: next_id(list),
         name: name.to_vec(),
         disk_size: Some(header.virtual_size()),
         ..meta.snapshot()
     };
     let id = snapshot.id.clone();
+    check_id(&id)?;
     let mut all = fallible::room_for(list.len() + 1)?;
     all.extend(list.iter().cloned());
     all.push(snapshot);
@@ -96,10 +99,14 @@ async fn create<E: Engine>(
     operation.header.snapshots_offset = operation.place(&table).await?;
 
     operation.commit().await?;
-    clear_flags(engine, image, &flagged).await?;
-    refcounts.raise(engine, &image.storage, &mut gained).await?;
-    operation.sync().await?;
+    if !mutant!(SnapshotFlagsKept) {
+        clear_flags(engine, image, &flagged).await?;
+    }
+    if !mutant!(SnapshotRaisedLate) {
+        refcounts.raise(engine, &image.storage, &mut gained).await?;
+    }
     operation.switch().await?;
+    mutant!(SnapshotRaisedLate => refcounts.raise(engine, &image.storage, &mut gained).await?);
     operation.free_old_table().await?;
     Ok(id)
 }
@@ -119,7 +126,7 @@ async fn rename<E: Engine>(
     }
     let table = encode(&all, operation.header.virtual_size())?;
     operation.header.snapshots_offset = operation.place(&table).await?;
-    operation.make_durable().await?;
+    operation.publish().await?;
     operation.switch().await?;
     operation.free_old_table().await
 }

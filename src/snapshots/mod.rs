@@ -20,7 +20,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::snapshot::Snapshot;
 use crate::image::handle::Image;
 use crate::io::blocking::Blocking;
+use crate::io::engine::{Piece, Target};
 use crate::io::wait::block_on;
+use crate::sys::memory::{GuestMut, GuestRef};
 
 /// What is known of an internal snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,17 +92,19 @@ impl Meta {
 /// than one named there, the list tells whether the change took place; should the image
 /// not be readable then, it is closed.
 impl Image {
-    /// Number of internal snapshots; 0 for raw images.
+    /// Number of internal snapshots; 0 for a snapshot that is open itself.
+    /// `NotSupported` for raw images.
     pub fn snapshot_count(&self) -> Result<u32> {
-        Ok(self.info()?.qcow2.map_or(0, |qcow2| qcow2.snapshot_count))
+        let raw = || Error::new(ErrorKind::NotSupported, "raw images have no internal snapshots");
+        Ok(self.info()?.qcow2.ok_or_else(raw)?.snapshot_count)
     }
 
     /// One of the internal snapshots, in the order of the table. `NotFound` where there
-    /// are not that many; `Corrupt` where the table is malformed; `Limit`.
+    /// are not that many; `NotSupported` for raw images; `Corrupt` where the table is malformed; `Limit`.
     pub fn snapshot(&self, index: u32) -> Result<SnapshotInfo> {
         self.inside(|disk| {
             let none = || Error::new(ErrorKind::NotFound, format!("there is no snapshot {index}"));
-            if disk.top().is_none() || disk.view.is_some() {
+            if disk.view.is_some() {
                 return Err(none());
             }
             let table = block_on(disk.snapshot_table(&Blocking))?;
@@ -124,7 +128,17 @@ impl Image {
     /// their table; `Limit` where "max-metadata-size" does not suffice to count the
     /// image; `NoSpace`. After any of these the image is as it was.
     pub fn snapshot_create(&self, name: &[u8], meta: &Meta) -> Result<Vec<u8>> {
-        self.alter(|disk| block_on(disk.snapshot_create(&Blocking, name, meta)).into())
+        self.snapshot_create_if(name, meta, |_| Ok(()))
+    }
+
+    /// As `snapshot_create`, if `check_id` likes the ID.
+    pub(crate) fn snapshot_create_if(
+        &self,
+        name: &[u8],
+        meta: &Meta,
+        check_id: impl Fn(&[u8]) -> Result<()> + Send,
+    ) -> Result<Vec<u8>> {
+        self.alter(|disk| block_on(disk.snapshot_create(&Blocking, name, meta, check_id)).into())
     }
 
     /// Replaces the active state, its size included, by that of a snapshot, which stays.
@@ -161,6 +175,32 @@ impl Image {
             opened.view = Some(self.views().add(snapshot));
             Ok(Image::from_disk(opened))
         })
+    }
+
+    /// Reads VM state, of the active image or of a snapshot that is open: bytes of their
+    /// own, apart from the disk. What was never written is zero. `NotSupported` for raw
+    /// images; `InvalidArgument` past all that can be.
+    pub fn read_vm_state(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read_vm_state_guest(GuestMut::from_slice(buf), offset)
+    }
+
+    /// As `read_vm_state`, into the caller's memory by handle.
+    pub(crate) fn read_vm_state_guest(&self, to: GuestMut<'_>, offset: u64) -> Result<()> {
+        let to = Target::Guest(to);
+        self.inside(|disk| self.block(disk.read_vm_state(&Blocking, to, offset)))
+    }
+
+    /// Writes VM state of the active image; durable with the next flush. The next
+    /// `snapshot_create` whose `meta` tells of VM state takes it. `ReadOnly`,
+    /// `NotSupported`; `Os(EFBIG)` past all that can be.
+    pub fn write_vm_state(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.write_vm_state_guest(GuestRef::from_slice(buf), offset)
+    }
+
+    /// As `write_vm_state`, from the caller's memory by handle.
+    pub(crate) fn write_vm_state_guest(&self, from: GuestRef<'_>, offset: u64) -> Result<()> {
+        let from = Piece::Guest(from);
+        self.inside(|disk| self.block(disk.write_vm_state(&Blocking, from, offset)))
     }
 
     /// Gives a snapshot another name. Durable on return. `NotFound`; `Exists`,

@@ -40,7 +40,8 @@ impl Disk {
         let options = OpenOptions { writable: false, lazy_refcounts: None, ..self.options.clone() };
         let mut budget = Budget(options.max_metadata_size);
         let l2 = reserve(&header, &options, &mut budget, image.storage.name())?;
-        let l1 = L1Table::new(l1_of(engine, image, snapshot).await?.into_iter());
+        let l1 = l1_of(engine, image, snapshot).await?;
+        let l1 = L1Table::new(snapshot.l1_offset, l1.into_iter());
         let view = Qcow2 {
             storage: image.storage.clone(),
             size: header.virtual_size(),

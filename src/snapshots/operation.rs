@@ -71,7 +71,10 @@ impl<'a, E: Engine> Operation<'a, E> {
         let writing = image.writing()?;
         disk.settle(engine).await?;
         let table = disk.snapshot_table(engine).await?;
-        let header = image.header.clone();
+        let mut header = image.header.clone();
+        // It may have grown since.
+        header.l1_offset = image.l1.offset();
+        header.l1_size = image.l1.len() as u32;
         Ok(Operation {
             engine,
             disk,
@@ -110,28 +113,35 @@ impl<'a, E: Engine> Operation<'a, E> {
     /// bit is durable on return, and so is what is new and its refcounts.
     pub async fn commit(&mut self) -> Result<()> {
         self.begun = true;
-        if self.header.version >= 3 {
+        if self.header.version >= 3 && !mutant!(SnapshotNotMarkedDirty) {
             self.image.mark_dirty(self.engine, self.writing).await?;
         }
         self.make_durable().await
     }
 
+    /// Writes the refcounts of what is new.
+    pub async fn publish(&self) -> Result<()> {
+        self.writing.allocator.refcounts.write_back(self.engine, &self.image.storage).await
+    }
+
     /// Makes durable what is new, and its refcounts.
-    pub async fn make_durable(&self) -> Result<()> {
-        let storage = &self.image.storage;
-        self.writing.allocator.refcounts.write_back(self.engine, storage).await?;
+    async fn make_durable(&self) -> Result<()> {
+        self.publish().await?;
         self.sync().await
     }
 
     /// Makes durable what was written so far.
-    pub async fn sync(&self) -> Result<()> {
+    async fn sync(&self) -> Result<()> {
         self.writing.allocator.barrier(self.engine, &self.image.storage).await
     }
 
-    /// Replaces the header's fields by those of `header`. Durable on return; all that
-    /// they name must be before.
+    /// Replaces the header's fields by those of `header`, once all that was written
+    /// before is durable. Durable on return.
     pub async fn switch(&mut self) -> Result<()> {
         self.begun = true;
+        if !mutant!(SnapshotSwitchedEarly) {
+            self.sync().await?;
+        }
         let (offset, bytes) = self.writing.allocator.refcounts.table_place();
         self.header.reftable_offset = offset;
         self.header.reftable_clusters = self.header.geometry.clusters_for(bytes) as u32;
@@ -141,6 +151,7 @@ impl<'a, E: Engine> Operation<'a, E> {
         let piece = [Piece::Block(block.slice(0, patch.len()))];
         self.image.storage.write(self.engine, &piece, Header::SIZE_AT).await?;
         self.fresh.clear();
+        mutant!(SnapshotFreedEarly => return Ok(()));
         self.sync().await
     }
 
@@ -236,6 +247,7 @@ impl<'a, E: Engine> Operation<'a, E> {
 
     /// Makes refcounts and flags right after a failure half way.
     async fn mend(&self) -> Result<()> {
+        mutant!(SnapshotNotMended => return self.image.mark_clean(self.engine, self.writing).await);
         let (engine, storage) = (self.engine, &self.image.storage);
         let allocator = &self.writing.allocator;
         allocator.health.check()?;

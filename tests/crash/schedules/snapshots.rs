@@ -42,7 +42,7 @@ impl Change {
         match self {
             Change::Create => {
                 let (result, disk) =
-                    disk.snapshot_create(engine, b"c", &Meta::default()).await.into();
+                    disk.snapshot_create(engine, b"c", &Meta::default(), |_| Ok(())).await.into();
                 (result.map(drop), disk)
             }
             Change::Apply => disk.snapshot_apply(engine, b"a").await.into(),
@@ -144,7 +144,7 @@ impl Stage {
                 image.discard(&SimEngine, (20 + u64::from(value) * 5) * size, size).await.unwrap();
                 if !name.is_empty() {
                     let meta = Meta::default();
-                    let changed = image.snapshot_create(&SimEngine, name, &meta).await;
+                    let changed = image.snapshot_create(&SimEngine, name, &meta, |_| Ok(())).await;
                     let (result, disk): (Result<_>, _) = changed.into();
                     result.expect("the snapshot can be taken");
                     image = next(image, (Ok(()), disk)).1.expect("it goes on");
