@@ -97,9 +97,7 @@ struct Stage {
 }
 
 async fn write(image: &Disk, cluster: u64, size: u64, value: u8) {
-    let data = vec![value; size as usize];
-    let piece = Piece::Guest(GuestRef::from_slice(&data));
-    image.write(&SimEngine, piece, cluster * size, false).await.unwrap();
+    write_maybe(image, cluster, size, value).await.unwrap();
 }
 
 /// The disk that goes on after a change.
@@ -211,13 +209,13 @@ fn live_on(disk: &SimDisk, config: &Config, states: &[&State], what: &str) {
 }
 
 fn configs() -> Vec<Config> {
-    let with = |kind: Kind| config(kind);
+    let small = Kind { size: 64 << 10, ..SMALL };
     vec![
-        tiny(),
-        extended(),
-        with(Kind { version: 2, size: 64 << 10, ..SMALL }),
-        with(Kind { refcount_bits: 8, backing: true, ..SMALL }),
-        with(Kind { lazy: true, size: 64 << 10, ..SMALL }),
+        Config { kind: Kind { size: 64 << 10, ..tiny().kind }, ..tiny() },
+        Config { kind: Kind { size: 1 << 20, ..extended().kind }, ..extended() },
+        config(Kind { version: 2, ..small }),
+        config(Kind { refcount_bits: 8, backing: true, ..small }),
+        config(Kind { lazy: true, ..small }),
     ]
 }
 
@@ -370,4 +368,121 @@ fn the_state_of_an_image_is_what_the_driver_reads() {
         disk.block_on(image.read(&SimEngine, target, 0)).unwrap();
         assert!(bytes == before.active);
     }
+}
+
+/// Writes VM state in several places, each of which needs a longer L1 table.
+async fn save(image: &Disk) -> Result<()> {
+    let (cluster, coverage) = {
+        let qcow2 = image.info()?.qcow2.expect("it is qcow2");
+        let cluster = u64::from(qcow2.cluster_size);
+        (cluster, cluster * cluster / if qcow2.extended_l2 { 16 } else { 8 })
+    };
+    for (value, entry) in [(5, 0), (6, 70), (7, 200)] {
+        let data = vec![value; cluster as usize];
+        let piece = Piece::Guest(GuestRef::from_slice(&data));
+        image.write_vm_state(&SimEngine, piece, entry * coverage).await?;
+        // Beside it, the disk.
+        write(image, 3, cluster, value).await;
+    }
+    Ok(())
+}
+
+/// `save` and a flush, with clusters of a sector: other tables would be long.
+fn with_short_tables() -> Vec<Config> {
+    configs().into_iter().filter(|config| config.kind.cluster == 512).collect()
+}
+
+#[test]
+fn a_crash_while_the_l1_table_grows_loses_nothing() {
+    play_some(2, |seed| {
+        for config in with_short_tables() {
+            let stage = Stage::new(&config, seed);
+            let (disk, mut rng) = (stage.disk.clone(), stage.rng);
+            let at = 3 * config.kind.cluster as usize..4 * config.kind.cluster as usize;
+            let task = Task::new("save", async {
+                save(&stage.image).await.unwrap();
+                stage.image.flush(&SimEngine).await.unwrap();
+            });
+            let mut steps = 0;
+            let outcome = disk.run_observed(vec![task], |step| {
+                steps += 1;
+                let power = |unit| Crash::Power { unit };
+                let crash = *rng.pick(&[Crash::Process, power(512), power(512), power(4096)]);
+                let left = disk.crash(crash, rng.next_u64());
+                let what = format!("seed {seed}, {:?}, {crash:?} at step {step}", config.kind);
+                let mut found = State::of(&left);
+                assert!((0..8).contains(&found.active[at.start]), "{what}");
+                found.active[at.clone()].copy_from_slice(&stage.before.active[at.clone()]);
+                assert!(found == stage.before, "{what}: something else has changed");
+                if config.kind.lazy {
+                    return ControlFlow::Continue(());
+                }
+                assert_eq!(look(&left), (false, false), "{what}");
+                ControlFlow::Continue(())
+            });
+            assert_eq!((outcome, steps > 10), (Outcome::Done, true));
+            let left = disk.crash(Crash::Power { unit: 512 }, rng.next_u64());
+            assert_eq!(State::of(&left).active[at.start], 7);
+            let image = left.block_on(open(&left, &config)).unwrap();
+            let mut bytes = vec![0; config.kind.cluster as usize];
+            for (value, entry) in [(5, 0), (6, 70), (7, 200)] {
+                let target = Target::Guest(GuestMut::from_slice(&mut bytes));
+                let offset = entry * config.kind.cluster * config.kind.cluster / 8;
+                left.block_on(image.read_vm_state(&SimEngine, target, offset)).unwrap();
+                assert!(bytes.iter().all(|byte| *byte == value));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_failure_while_the_l1_table_grows_loses_nothing() {
+    let kinds = [OpKind::Read, OpKind::Write, OpKind::Sync, OpKind::Truncate];
+    play_some(1, |seed| {
+        for config in with_short_tables() {
+            for kind in kinds {
+                let mut failed = true;
+                for index in 0..7 {
+                    let Stage { disk, image, before, .. } = Stage::new(&config, seed + index);
+                    let pattern = Pattern::any().file("image").kind(kind).after(index);
+                    disk.inject(Fault { pattern, errno: libc::EIO, forever: false });
+                    let saved = disk.block_on(async {
+                        let data = vec![5; 512];
+                        let piece = Piece::Guest(GuestRef::from_slice(&data));
+                        let offset = 70 * 512 * 64;
+                        image.write_vm_state(&SimEngine, piece, offset).await?;
+                        image.flush(&SimEngine).await
+                    });
+                    disk.clear_faults();
+                    failed &= saved.is_err();
+                    let what = format!("seed {seed}, {:?}: {kind:?} {index}", config.kind);
+                    assert!(State::of(&disk) == before, "{what}");
+                    // Unless nobody knows what is durable, it goes on.
+                    let flushed = disk.block_on(async {
+                        write_maybe(&image, 2, config.kind.cluster, 9).await?;
+                        image.settle(&SimEngine).await
+                    });
+                    match flushed {
+                        Ok(()) => assert_eq!(look(&disk), (false, false), "{what}"),
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::FlushFailed, "{what}"),
+                    }
+                    drop(image);
+                    live_on_as(&disk, &config, &what);
+                }
+                assert!(!failed || kind == OpKind::Sync, "{kind:?}: never without an error");
+            }
+        }
+    });
+}
+
+async fn write_maybe(image: &Disk, cluster: u64, size: u64, value: u8) -> Result<()> {
+    let data = vec![value; size as usize];
+    let piece = Piece::Guest(GuestRef::from_slice(&data));
+    image.write(&SimEngine, piece, cluster * size, false).await
+}
+
+/// Opens what is there, whatever it holds, and goes on.
+fn live_on_as(disk: &SimDisk, config: &Config, what: &str) {
+    let state = State::of(disk);
+    live_on(disk, config, &[&state], what);
 }
