@@ -441,8 +441,8 @@ fn a_failure_while_the_l1_table_grows_loses_nothing() {
     play_some(1, |seed| {
         for config in with_short_tables() {
             for kind in kinds {
-                let mut failed = true;
-                for index in 0..7 {
+                // Each one that there is.
+                for index in 0.. {
                     let Stage { disk, image, before, .. } = Stage::new(&config, seed + index);
                     let pattern = Pattern::any().file("image").kind(kind).after(index);
                     disk.inject(Fault { pattern, errno: libc::EIO, forever: false });
@@ -454,7 +454,6 @@ fn a_failure_while_the_l1_table_grows_loses_nothing() {
                         image.flush(&SimEngine).await
                     });
                     disk.clear_faults();
-                    failed &= saved.is_err();
                     let what = format!("seed {seed}, {:?}: {kind:?} {index}", config.kind);
                     assert!(State::of(&disk) == before, "{what}");
                     // Unless nobody knows what is durable, it goes on.
@@ -468,8 +467,11 @@ fn a_failure_while_the_l1_table_grows_loses_nothing() {
                     }
                     drop(image);
                     live_on_as(&disk, &config, &what);
+                    if saved.is_ok() {
+                        assert!(index > 0 || kind == OpKind::Truncate, "no {kind:?}");
+                        break;
+                    }
                 }
-                assert!(!failed || kind == OpKind::Sync, "{kind:?}: never without an error");
             }
         }
     });
