@@ -4,7 +4,11 @@
 //! A failure names its seed: `QCOW2RS_SEED=n cargo test --test snapshot_operations`
 //! replays it.
 
+#[path = "../support/mod.rs"]
 mod support;
+
+mod malformed;
+mod vm_state;
 
 use std::path::{Path, PathBuf};
 
@@ -468,100 +472,6 @@ fn a_snapshot_that_is_read_shows_what_is_below() {
     assert_content(&image.snapshot_open(b"s").unwrap(), &expected);
 }
 
-/// The VM state of an image, or of a snapshot that is open.
-fn vm_state(image: &Image, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0xee; length];
-    image.read_vm_state(&mut bytes, 0).unwrap();
-    bytes
-}
-
-#[test]
-fn vm_state_is_where_qemu_has_it() {
-    for options in ["cluster_size=4k", "compat=0.10,cluster_size=512", "extended_l2=on", ""] {
-        describe(options.to_owned(), || {
-            let scratch = Scratch::new();
-            let path = scratch.path("image");
-            qemu_create(&path, options, 300 << 10);
-            qemu_io(&path, &["write -P 1 0 300k".into(), "write -b -P 2 0 100k".into()]);
-            let image = open_rw(&path);
-            assert_eq!(vm_state(&image, 100 << 10), vec![2; 100 << 10]);
-            // Past the end of the L1 table.
-            let mut expected = vec![2; 100 << 10];
-            expected.resize(5 << 20, 0);
-            assert_eq!(vm_state(&image, 5 << 20), expected);
-            image.write_vm_state(&vec![3; 4 << 20], 50 << 10).unwrap();
-            expected[50 << 10..][..4 << 20].fill(3);
-            assert_eq!(vm_state(&image, 5 << 20), expected);
-            let meta = Meta { vm_state_size: 5 << 20, ..Meta::now() };
-            image.snapshot_create(b"s", &meta).unwrap();
-            // It is the snapshot's now.
-            assert_eq!(vm_state(&image, 5 << 20), vec![0; 5 << 20]);
-            image.write_vm_state(&[4; 1024], 0).unwrap();
-            let snapshot = image.snapshot_open(b"s").unwrap();
-            assert_eq!(vm_state(&snapshot, 5 << 20), expected);
-            let readonly = snapshot.write_vm_state(&[1], 0).unwrap_err();
-            assert_eq!(readonly.kind(), ErrorKind::ReadOnly);
-            drop(snapshot);
-            assert_content(&image, &vec![1; 300 << 10]);
-            assert_eq!(image.size(), 300 << 10);
-            let huge = image.write_vm_state(&[1], 1 << 62).unwrap_err();
-            assert_eq!(huge.errno(), libc::EFBIG);
-            image.close().unwrap();
-            qemu_img_check(&path);
-            assert_exact(&path);
-            qemu_io(&path, &["read -b -P 4 0 1024".into(), "read -P 1 0 300k".into()]);
-            self::snapshot(&path, &["-a", "s"]);
-            let reads =
-                ["read -b -P 2 0 50k", "read -b -P 3 50k 4M", "read -P 1 0 300k"].map(String::from);
-            qemu_io(&path, &reads);
-            let image = open_rw(&path);
-            assert_eq!(vm_state(&image, 5 << 20), expected);
-            image.snapshot_delete(b"s").unwrap();
-            assert_eq!(vm_state(&image, 5 << 20), expected, "the active state has it, too");
-            image.close().unwrap();
-            qemu_img_check(&path);
-            assert_exact(&path);
-        });
-    }
-}
-
-/// The L1 table moves while others write.
-#[test]
-fn vm_state_may_be_written_beside_other_requests() {
-    let scratch = Scratch::new();
-    let path = scratch.path("image");
-    qemu_create(&path, "cluster_size=512", 1 << 20);
-    let image = open_rw(&path);
-    std::thread::scope(|scope| {
-        for thread in 0..2u8 {
-            let image = &image;
-            scope.spawn(move || {
-                for n in (0..1024).filter(|n| n % 2 == u64::from(thread)) {
-                    let bytes = [thread + 1; 1024];
-                    image.write_at(&bytes, n * 1024, WriteFlags::default()).unwrap();
-                    if n % 64 < 2 {
-                        image.flush().unwrap();
-                    }
-                }
-            });
-        }
-        for n in 0..64u64 {
-            image.write_vm_state(&[9; 4096], n * 65536).unwrap();
-        }
-    });
-    image.close().unwrap();
-    qemu_img_check(&path);
-    assert_exact(&path);
-    let expected: Vec<u8> = (0..1024).flat_map(|n| [n as u8 % 2 + 1; 1024]).collect();
-    let image = open(&path);
-    assert_content(&image, &expected);
-    for n in 0..64u64 {
-        let mut bytes = [0; 4096];
-        image.read_vm_state(&mut bytes, n * 65536).unwrap();
-        assert!(bytes == [9; 4096]);
-    }
-}
-
 /// As many clusters as the L1 table and the snapshot table need, in one piece, where
 /// the free ones are here and there and refcount blocks are missing.
 #[test]
@@ -603,83 +513,4 @@ fn a_request_in_flight_keeps_others_out() {
     drop(queue);
     image.snapshot_create(b"s", &Meta::now()).unwrap();
     image.close().unwrap();
-}
-
-/// Malformed entries are refused when the table is first needed, or the snapshot is:
-/// nothing is changed then, and memory is bounded.
-#[test]
-fn malformed_snapshots_are_refused() {
-    type Patch = fn(&mut Vec<u8>, usize);
-    let patches: [(&str, Patch, bool); 9] = [
-        ("extra data", |b, at| b[at + 36..at + 40].fill(0xff), true),
-        ("a name past the end", |b, at| b[at + 14..at + 16].fill(0xff), false),
-        ("an L1 table that is too long", |b, at| b[at + 8..at + 12].fill(0xff), false),
-        ("an L1 table past all offsets", |b, at| b[at..at + 8].fill(0xff), false),
-        ("an L1 table inside a cluster", |b, at| b[at + 6] ^= 2, false),
-        ("an L1 table past the end", |b, at| b[at + 4] = 1, false),
-        ("an L1 table in the header", |b, at| b[at..at + 8].fill(0), false),
-        ("a size past all sizes", |b, at| b[at + 48..at + 56].fill(0xff), false),
-        ("an odd size", |b, at| b[at + 55] = 1, false),
-    ];
-    for (what, patch, at_list) in patches {
-        describe(what.to_owned(), || {
-            let scratch = Scratch::new();
-            let path = written(&scratch, "");
-            snapshot(&path, &["-c", "s"]);
-            let mut bytes = std::fs::read(&path).unwrap();
-            let at = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
-            patch(&mut bytes, at);
-            std::fs::write(&path, &bytes).unwrap();
-            let image = open(&path);
-            let listed = image.snapshot(0);
-            assert!(!at_list || listed.is_err());
-            // Those that are not malformed but lie have no content.
-            if let Ok(snapshot) = image.snapshot_open(b"1") {
-                _ = snapshot.read_at(&mut [0; 512], 0);
-            }
-            image.close().unwrap();
-            let Ok(image) = Image::open(Source::path(&path), &OpenOptions::new().writable(true))
-            else {
-                assert!(std::fs::read(&path).unwrap() == bytes, "opening has changed it");
-                return;
-            };
-            for failed in [image.snapshot_apply(b"1"), image.snapshot_delete(b"1")] {
-                if let Err(error) = failed {
-                    let kinds = [ErrorKind::Corrupt, ErrorKind::NotFound, ErrorKind::Limit];
-                    assert!(kinds.contains(&error.kind()), "{error:?}");
-                }
-            }
-            _ = image.close();
-            let image = open(&path);
-            let mut expected = vec![1; 512 << 10];
-            expected.resize(16 * CLUSTER as usize, 0);
-            if image.size() == 16 * CLUSTER && what.starts_with("an L1") && !what.ends_with("end") {
-                assert_content(&image, &expected);
-            }
-        });
-    }
-}
-
-/// Two snapshots that name the same L1 table: its references are counted once only.
-#[test]
-fn snapshots_that_share_their_l1_table_are_not_freed_twice() {
-    let scratch = Scratch::new();
-    let path = written(&scratch, "");
-    for name in ["a", "b"] {
-        snapshot(&path, &["-c", name]);
-    }
-    let mut bytes = std::fs::read(&path).unwrap();
-    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
-    // The second entry begins behind 40 + 24 + 2 bytes, padded to 72.
-    let l1 = bytes[table..table + 8].to_vec();
-    bytes[table + 72..table + 80].copy_from_slice(&l1);
-    std::fs::write(&path, bytes).unwrap();
-    let image = open_rw(&path);
-    image.snapshot_delete(b"a").unwrap();
-    // Its L1 table is free now: it may be anything, but the active disk's data.
-    _ = image.snapshot_delete(b"b");
-    _ = image.close();
-    let mut expected = vec![1; 512 << 10];
-    expected.resize(16 * CLUSTER as usize, 0);
-    assert_content(&open(&path), &expected);
 }
