@@ -316,7 +316,7 @@ mod tests {
     #[test]
     fn memory_is_bounded() {
         assert_eq!(Changes::new(1 << 40, 1 << 20).err().unwrap().kind(), ErrorKind::Limit);
-        let mut changes = Changes::new(1 << 20, 24 << 10).unwrap();
+        let mut changes = Changes::new(1 << 20, 20 << 10).unwrap();
         changes.add(0, 1).unwrap();
         changes.add(1, 1).unwrap();
         assert_eq!(changes.add(CHUNK, 1).unwrap_err().kind(), ErrorKind::Limit);
