@@ -684,6 +684,80 @@ int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
                   qcow2rs_finding_fn finding, qcow2rs_progress_fn progress,
                   void *opaque);
 
+/* ------------------------------------------------------- Internal snapshots */
+
+/* What is known of a snapshot.  Grows at the end. */
+struct qcow2rs_snapshot_info {
+    char id[128];           /* NUL-terminated, truncated if longer. */
+    char name[256];         /* NUL-terminated, truncated if longer. */
+    uint64_t virtual_size;  /* Bytes. */
+    uint64_t vm_state_size; /* Bytes; 0: none. */
+    int64_t date_sec;       /* Since 1970. */
+    uint32_t date_nsec;     /* Of that second. */
+    uint32_t reserved;      /* 0. */
+    uint64_t vm_clock_nsec; /* How long the guest had run. */
+    uint64_t icount;        /* UINT64_MAX: not recorded. */
+};
+
+/* [MT] Number of internal snapshots; 0 for a snapshot that is open itself. */
+int qcow2rs_snapshot_count(struct qcow2rs_image *img);
+
+/* [MT] One of them, in the order of the table: index < count; -ENOENT
+ * otherwise.  info_size is sizeof(*info), as in qcow2rs_get_info.  -EIO: the
+ * table is malformed. */
+int qcow2rs_snapshot_get(struct qcow2rs_image *img, uint32_t index,
+                         struct qcow2rs_snapshot_info *info, size_t info_size);
+
+/* [EXCL] Takes a snapshot of the active state; durable on return.  meta: what
+ * the host records (vm_state_size, date_*, vm_clock_nsec, icount are used),
+ * meta_size its sizeof; NULL: now, no VM state.  With a vm_state_size, the VM
+ * state written so far becomes the snapshot's, and the active one empty.  The
+ * new id goes to id_out (may be NULL), NUL-terminated; -ERANGE if it does not
+ * fit.  -EEXIST: the name exists.  -EINVAL: a name that is empty or longer
+ * than 255 bytes; refcounts too narrow to count one more reference.  -EFBIG:
+ * 65536 snapshots, a table of more than 64 MiB, or (QCOW2RS_E_LIMIT) more
+ * memory than "max-metadata-size" is needed.  -ENOSPC.  -EROFS.  -ENOTSUP: a
+ * RAW image.  After any of these, and -EBUSY, the image is as it was; after
+ * -EIO the list tells whether there is a snapshot. */
+int qcow2rs_snapshot_create(struct qcow2rs_image *img, const char *name,
+                            const struct qcow2rs_snapshot_info *meta,
+                            size_t meta_size, char *id_out, size_t id_out_size);
+
+/* [EXCL] The active state, the size of the disk and VM state included, is
+ * replaced; durable on return.  id_or_name: the id is tried first.  -ENOENT.
+ * -ENOTSUP: a snapshot of another size, in a version 2 image or beside
+ * bitmaps.  Otherwise as qcow2rs_snapshot_create. */
+int qcow2rs_snapshot_apply(struct qcow2rs_image *img, const char *id_or_name);
+
+/* [EXCL] Deletes; durable on return.  The id is tried first.  -ENOENT.
+ * -EBUSY: it is open, too.  Otherwise as qcow2rs_snapshot_create. */
+int qcow2rs_snapshot_delete(struct qcow2rs_image *img, const char *id_or_name);
+
+/* [EXCL] Gives it another name; durable on return.  The id is tried first.
+ * -ENOENT.  -EEXIST: another one has the name.  Otherwise as
+ * qcow2rs_snapshot_create. */
+int qcow2rs_snapshot_rename(struct qcow2rs_image *img, const char *id_or_name,
+                            const char *new_name);
+
+/* [MT] Opens a snapshot read-only as an image of its own.  The id is tried
+ * first.  It keeps img's storage alive, with its lock; writing img goes on, and
+ * so does closing it; deleting that snapshot gives -EBUSY.  It cannot be
+ * reopened, invalidated or checked: -ENOTSUP.  -ENOENT. */
+QCOW2RS_MUST_USE
+int qcow2rs_snapshot_open(struct qcow2rs_image *img, const char *id_or_name,
+                          struct qcow2rs_image **out);
+
+/* [MT] Reads VM state of the active image or of an opened snapshot: bytes of
+ * their own behind the disk, zero where nothing was written.  -ENOTSUP: a RAW
+ * image.  -EINVAL: past all that can be. */
+int qcow2rs_vmstate_pread(struct qcow2rs_image *img, void *buf, size_t length,
+                          uint64_t offset);
+
+/* [MT] Writes VM state of the active image; durable with the next flush.
+ * -EROFS: of a snapshot, too.  -EFBIG: past all that can be. */
+int qcow2rs_vmstate_pwrite(struct qcow2rs_image *img, const void *buf,
+                           size_t length, uint64_t offset);
+
 /* ------------------------------------------------- Queues: asynchronous I/O */
 
 /* Asynchronous requests on an image.  A queue belongs to one image; many queues

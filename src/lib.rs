@@ -34,6 +34,7 @@
 //! | `alloc` | host clusters: who uses them, when they may be reused |
 //! | `check` | counting what refers to clusters; comparing refcounts with it, mending them |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
+//! | `snapshots` | internal snapshots: list, create, apply, delete, rename, open |
 //! | `queue` | asynchronous requests on an image, driven by their caller |
 //! | `admin` | create, measure, probe, check |
 //! | `capi` | the C API |
@@ -63,6 +64,8 @@ mod alloc;
 mod check;
 
 pub mod image;
+
+pub mod snapshots;
 
 mod queue;
 

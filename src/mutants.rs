@@ -191,6 +191,20 @@ define! {
     /// A slice read before a write-back may enter the cache after it.
     StaleSliceAccepted,
 
+    // Internal snapshots.
+    /// The refcounts that a snapshot raises are raised when the header names it already.
+    SnapshotRaisedLate,
+    /// COPIED flags of what a snapshot shares are left set.
+    SnapshotFlagsKept,
+    /// The header names new snapshot or L1 tables before they are durable.
+    SnapshotSwitchedEarly,
+    /// What a snapshot had is freed before it is durable that the header does not name it.
+    SnapshotFreedEarly,
+    /// An image is not marked dirty while its flags do not say what its refcounts say.
+    SnapshotNotMarkedDirty,
+    /// After a failure half way, refcounts and flags are left as they are.
+    SnapshotNotMended,
+
     // What a request does.
     /// Subclusters are allocated in the entry before their data is written.
     AllocatedBeforeData,

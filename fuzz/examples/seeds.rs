@@ -79,12 +79,10 @@ fn main() {
             })
             .collect();
         // The kind of image, and how much damage, are decided first.
-        put(
-            "operations",
-            &format!("{number}"),
-            &[&[number, number / 10 * 2], &bytes[..]].concat(),
-            0,
-        );
+        for target in ["operations", "snapshots"] {
+            let seed = [&[number, number / 10 * 2], &bytes[..]].concat();
+            put(target, &format!("{number}"), &seed, 0);
+        }
         put("check", &format!("damage-{number}"), &bytes[..40], 128 + number);
     }
     let mut packed = vec![0; 4096];

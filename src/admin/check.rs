@@ -4,6 +4,7 @@ use crate::check::{CheckResult, Observer, check};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::disk::{Disk, Layer};
 use crate::image::handle::Image;
+use crate::image::views;
 use crate::io::blocking::Blocking;
 use crate::io::engine::Engine;
 use crate::io::wait::block_on;
@@ -36,12 +37,15 @@ impl Disk {
         observer: &mut dyn Observer,
         result: &mut CheckResult,
     ) -> Result<()> {
+        views::refuse(&self.view, "checking it")?;
         let Some(Layer::Qcow2(image)) = self.layers.first() else {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have nothing to check"));
         };
         let mut header = image.header.clone();
         if let Some(writing) = &image.writing {
-            // It may have moved since.
+            // They may have moved since.
+            header.l1_offset = image.l1.offset();
+            header.l1_size = image.l1.len() as u32;
             let (offset, bytes) = writing.allocator.refcounts.table_place();
             header.reftable_offset = offset;
             header.reftable_clusters = header.geometry.clusters_for(bytes) as u32;

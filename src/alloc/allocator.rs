@@ -505,20 +505,31 @@ impl Allocator {
         engine: &E,
         storage: &Storage,
     ) -> Result<Option<u64>> {
-        let (run, mut unused, file_length) = {
+        let (mut run, mut unused, file_length) = {
             let mut state = self.lock();
             let mut unused = std::mem::take(&mut state.returned);
             unused.append(&mut state.abandoned);
             state.hint = 0;
             (std::mem::replace(&mut state.run, 0..0), unused, state.file_length)
         };
-        unused.sort_unstable();
-        for cluster in unused {
-            self.refcounts.lower(engine, storage, cluster..cluster + 1).await?;
-        }
         let unused_tail = run.end << self.geometry.cluster_bits == file_length && !run.is_empty();
         let needed = run.start << self.geometry.cluster_bits;
-        self.refcounts.lower(engine, storage, run).await?;
-        Ok(unused_tail.then_some(needed))
+        unused.sort_unstable_by(|a, b| b.cmp(a));
+        let given_back = async {
+            while let Some(cluster) = unused.last() {
+                self.refcounts.lower(engine, storage, *cluster..cluster + 1).await?;
+                unused.pop();
+            }
+            while !run.is_empty() {
+                run.start += self.refcounts.lower_some(engine, storage, run.clone()).await?.count;
+            }
+            Ok(())
+        }
+        .await;
+        // What an error leaves is given back the next time.
+        let mut state = self.lock();
+        state.returned.append(&mut unused);
+        state.returned.extend(run);
+        given_back.map(|()| unused_tail.then_some(needed))
     }
 }

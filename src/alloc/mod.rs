@@ -2,6 +2,7 @@
 //! used again. It knows nothing of the guest's disk.
 
 pub mod allocator;
+pub mod changes;
 pub mod epoch;
 mod grow;
 pub mod health;
@@ -9,3 +10,4 @@ pub mod limbo;
 pub mod overlap;
 pub mod packing;
 pub mod refcounts;
+mod together;

@@ -185,6 +185,14 @@ impl OverlapIndex {
         }
     }
 
+    /// As `check_free`, where tables of this kind are to be freed as well.
+    pub fn check_free_but(&self, cluster: u64, own: Option<Metadata>) -> Result<()> {
+        match self.kinds(cluster) & !own.map_or(0, |own| own as u8) {
+            0 => Ok(()),
+            kinds => Err(refusal(&format!("free host cluster {cluster}"), kinds)),
+        }
+    }
+
     /// `Corrupt` if a write of a table of this kind would hit metadata of another.
     pub fn check_table(&self, offset: u64, bytes: u64, own: Metadata) -> Result<()> {
         self.check(offset, bytes, own as u8)

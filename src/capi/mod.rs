@@ -62,6 +62,9 @@ pub use create::*;
 mod check;
 pub use check::*;
 
+mod snapshots;
+pub use snapshots::*;
+
 mod queue;
 pub use queue::*;
 

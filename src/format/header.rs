@@ -285,6 +285,21 @@ impl Header {
     /// Where the autoclear feature bits (8 bytes) stand in a version 3 header.
     pub const AUTOCLEAR_AT: u64 = 88;
 
+    /// The virtual size and all that says where tables are, with the feature bits
+    /// that a driver may not know and read on, at [`Header::SIZE_AT`]. It lies in one
+    /// sector: one write replaces all of it or nothing.
+    pub fn tables_patch(&self) -> Vec<u8> {
+        let mut patch = self.size.to_be_bytes().to_vec();
+        patch.extend(self.crypt_method.to_be_bytes());
+        patch.extend(self.l1_patch());
+        patch.extend(self.reftable_patch());
+        patch.extend(self.snapshots_patch());
+        if self.version >= 3 {
+            patch.extend(self.incompatible.to_be_bytes());
+        }
+        patch
+    }
+
     /// Size and offset of the L1 table, to be replaced in place by one write.
     pub fn l1_patch(&self) -> [u8; 12] {
         patch((u128::from(self.l1_size) << 64) | u128::from(self.l1_offset))

@@ -3,9 +3,12 @@
 //! Requests are checked here once; then they descend the chain in a loop, so a
 //! long chain costs no stack. The chain itself is put together by `open`.
 
+use std::sync::{Arc, OnceLock};
+
 use super::inflated::Inflated;
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
+use super::views::View;
 use crate::alloc::health::Health;
 use crate::error::{Error, Result};
 use crate::format::subcluster::Subcluster;
@@ -25,6 +28,11 @@ pub struct Disk {
     pub requests: Requests,
     /// Compressed clusters that were read last.
     pub inflated: Inflated,
+    /// What says that this is a snapshot, if it is one.
+    pub view: Option<Arc<View>>,
+    /// The same image with what lies behind its end, once that is asked for.
+    pub(super) vm_state: OnceLock<Box<Disk>>,
+    pub(super) size: u64,
 }
 
 /// Requests so far.
@@ -66,12 +74,13 @@ impl Requests {
     }
 }
 
-/// One image of a chain.
+/// One image of a chain; chains that differ at the top share what is below.
+#[derive(Clone)]
 pub enum Layer {
     /// A qcow2 image.
-    Qcow2(Box<Qcow2>),
+    Qcow2(Arc<Qcow2>),
     /// The bytes of a storage.
-    Raw(Box<Raw>),
+    Raw(Arc<Raw>),
 }
 
 /// A raw image.
@@ -98,6 +107,14 @@ impl Layer {
         match self {
             Layer::Qcow2(image) => image.size,
             Layer::Raw(raw) => raw.size,
+        }
+    }
+
+    /// Memory for its tables, in bytes, as far as they are in memory now.
+    pub fn metadata_bytes(&self) -> u64 {
+        match self {
+            Layer::Qcow2(image) => image.l2.bytes().saturating_add(image.l1.len() as u64 * 8),
+            Layer::Raw(_) => 0,
         }
     }
 
@@ -158,6 +175,14 @@ pub struct Missing {
 }
 
 impl Disk {
+    /// A disk of these layers.
+    pub fn new(layers: Vec<Layer>, options: OpenOptions) -> Disk {
+        let (requests, inflated) = (Requests::default(), Inflated::default());
+        let size = layers.first().map_or(0, Layer::size);
+        let vm_state = OnceLock::new();
+        Disk { layers, options, requests, inflated, view: None, vm_state, size }
+    }
+
     /// This image, if it is qcow2.
     pub fn top(&self) -> Option<&Qcow2> {
         match self.layers.first() {
@@ -167,8 +192,9 @@ impl Disk {
     }
 
     /// Bytes of the virtual disk.
+    #[inline]
     pub fn size(&self) -> u64 {
-        self.layers.first().map_or(0, Layer::size)
+        self.size
     }
 
     /// `InvalidArgument` where a range does not lie on the disk.
@@ -195,7 +221,8 @@ impl Disk {
             let Some(layer) = self.layers.get(index) else {
                 return Err(Error::invalid("there is no such layer"));
             };
-            let left = layer.size().saturating_sub(offset.0);
+            let size = if index == 0 { self.size } else { layer.size() };
+            let left = size.saturating_sub(offset.0);
             if left == 0 {
                 let kind = Subcluster::Unallocated;
                 let run = Run { kind, len: max, host: None, copied: false, compressed: None };

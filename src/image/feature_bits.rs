@@ -63,7 +63,7 @@ impl Qcow2 {
 
     /// Says in the image that its refcounts may be stale; durable with the next sync,
     /// which is owed if this returns true.
-    pub(super) async fn mark_dirty<E: Engine>(
+    pub(crate) async fn mark_dirty<E: Engine>(
         &self,
         engine: &E,
         writing: &Writing,
@@ -79,7 +79,7 @@ impl Qcow2 {
     }
 
     /// Takes that back, durably: all refcounts are right, and durable.
-    pub(super) async fn mark_clean<E: Engine>(&self, engine: &E, writing: &Writing) -> Result<()> {
+    pub(crate) async fn mark_clean<E: Engine>(&self, engine: &E, writing: &Writing) -> Result<()> {
         let features = &writing.features;
         let _alone = features.writing.lock().await;
         // Forgotten first: should this fail half way, it is set again when need be.

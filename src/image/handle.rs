@@ -11,6 +11,7 @@ use super::info::{Info, Stats, StoredReference};
 use super::open::access;
 use super::options::{OpenOptions, ReferenceKind};
 pub use super::status::Extent;
+use super::views::{self, Views};
 pub use super::zero::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::here::here;
@@ -31,6 +32,7 @@ pub struct Image {
     /// The same disk, for questions that are answered at any time.
     current: Mutex<Option<Arc<Disk>>>,
     queues: Queues,
+    views: Views,
 }
 
 /// Flags of a write.
@@ -63,6 +65,16 @@ impl Exclusive<'_> {
     }
 }
 
+/// What goes on behind the doors after a change of the whole disk.
+pub enum Replacement {
+    /// The disk that was there.
+    None,
+    /// This one.
+    Disk(Box<Disk>),
+    /// Nothing: the image could not be read again.
+    Closed,
+}
+
 fn closed() -> Error {
     Error::invalid("the image is closed")
 }
@@ -82,7 +94,7 @@ impl Image {
         Ok(Image::from_disk(disk))
     }
 
-    fn from_disk(disk: Disk) -> Image {
+    pub(crate) fn from_disk(disk: Disk) -> Image {
         Image::sharing(Arc::new(disk))
     }
 
@@ -92,6 +104,7 @@ impl Image {
             doors: Sharded::new(|| RwLock::new(Some(disk.clone()))),
             current: Mutex::new(Some(disk)),
             queues: Queues::default(),
+            views: Views::default(),
         }
     }
 
@@ -105,6 +118,11 @@ impl Image {
             return Err(poisoned());
         }
         self.current().clone().ok_or_else(closed)
+    }
+
+    /// The snapshots of this image that are open beside it.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
     }
 
     /// The queues of this image.
@@ -135,7 +153,7 @@ impl Image {
 
     /// Waits for a call's future; `Deadlock` rather than for ever.
     #[inline]
-    fn block<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) fn block<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         match block_on_unless(call, |parked| self.queues.idle(parked, &self.doors)) {
             ControlFlow::Continue(result) => result,
             ControlFlow::Break(deadlock) => Err(deadlock),
@@ -218,6 +236,30 @@ impl Image {
         work(&*self.disk()?)
     }
 
+    /// As `enter`, for who has no handle of its own inside.
+    pub(crate) fn inside<R>(&self, call: impl FnOnce(&Disk) -> Result<R>) -> Result<R> {
+        self.enter(call)
+    }
+
+    /// Has `work` change the disk while nobody else is inside, and goes on with what
+    /// takes its place, if that is another; `None`: the image is closed. `Busy` as for
+    /// close.
+    pub(crate) fn alter<R>(
+        &self,
+        work: impl FnOnce(&Disk) -> (Result<R>, Replacement),
+    ) -> Result<R> {
+        let mut all = self.exclusive()?;
+        let disk = self.disk()?;
+        self.usable(&disk)?;
+        let (result, replacement) = work(&disk);
+        match replacement {
+            Replacement::None => {}
+            Replacement::Disk(disk) => all.replace(Some(Arc::from(disk))),
+            Replacement::Closed => all.replace(None),
+        }
+        result
+    }
+
     /// Drops all caches and reads the chain's metadata again. `InvalidArgument`
     /// on an image open for writing; `Busy`. On failure the old state stands.
     pub fn invalidate(&self) -> Result<()> {
@@ -238,6 +280,7 @@ impl Image {
     fn change(&self, options: impl FnOnce(&OpenOptions) -> Result<OpenOptions>) -> Result<()> {
         let mut all = self.exclusive()?;
         let old = self.disk()?;
+        views::refuse(&old.view, "opening it in another way")?;
         let options = &options(&old.options)?;
         block_on(old.settle(&Blocking))?;
         let Some(top) = old.layers.first() else { return Err(closed()) };

@@ -6,13 +6,14 @@ mod compress;
 mod cow;
 mod discard;
 pub(crate) mod disk;
-mod feature_bits;
+pub(crate) mod feature_bits;
 mod gate;
 pub mod handle;
 mod inflated;
 pub mod info;
 mod info_json;
 pub(crate) mod known;
+mod l1_table;
 mod l2_tables;
 #[cfg(qcow2rs_mutants)]
 mod mutants;
@@ -21,11 +22,13 @@ mod open_writable;
 mod option_names;
 pub(crate) mod option_values;
 pub mod options;
-mod qcow2;
+pub(crate) mod qcow2;
 mod read;
 pub mod status;
+pub(crate) mod views;
+mod vm_state;
 mod write;
-mod writeback;
+pub(crate) mod writeback;
 pub mod zero;
 
 /// For tests on simulated disks, which need the engine to be theirs.

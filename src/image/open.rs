@@ -4,8 +4,8 @@
 //! anything is written. Memory is reckoned with before it is taken.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
@@ -27,7 +27,7 @@ const L2_CACHE_BYTES: u64 = 32 << 20;
 const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 
 /// Memory for metadata that the options still allow.
-pub(super) struct Budget(pub u64);
+pub(crate) struct Budget(pub u64);
 
 impl Budget {
     pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
@@ -131,14 +131,32 @@ impl Disk {
         }
         // The chain is there: nothing is refused any more but for the image itself.
         if let (Some(Layer::Qcow2(image)), true) = (layers.first_mut(), will_write(options)) {
+            let shared = || Error::new(ErrorKind::Busy, "an image is in use while it is opened");
+            let image = Arc::get_mut(image).ok_or_else(shared)?;
             begin_writing(engine, image, options, &mut budget).await?;
         }
-        Ok(Disk {
-            layers,
-            options: options.clone(),
-            requests: Default::default(),
-            inflated: Default::default(),
-        })
+        Ok(Disk::new(layers, options.clone()))
+    }
+
+    /// The same chain, with its own image read again from the storage that it is on.
+    /// To be called after everything of it has been settled, and to take the place of
+    /// this disk.
+    pub async fn reload<E: Engine>(&self, engine: &E) -> Result<Disk> {
+        let Some(old) = self.top() else {
+            return Err(Error::new(ErrorKind::NotSupported, "raw images have no metadata"));
+        };
+        let (options, below) = (&self.options, self.layers.get(1..).unwrap_or_default());
+        let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
+        let mut budget = Budget(options.max_metadata_size.saturating_sub(held));
+        let first = read(engine, &old.storage, 0, Header::READ_FIRST).await?;
+        let storage = old.storage.clone();
+        let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
+        if will_write(options) {
+            begin_writing(engine, &mut image, options, &mut budget).await?;
+        }
+        let mut layers = vec![Layer::Qcow2(Arc::new(image))];
+        layers.extend_from_slice(below);
+        Ok(Disk::new(layers, options.clone()))
     }
 }
 
@@ -249,11 +267,11 @@ async fn open_layer<E: Engine>(
                 )));
             }
             check_size(length, options, storage.name())?;
-            Ok(Layer::Raw(Box::new(Raw { storage, size: length, health: Health::default() })))
+            Ok(Layer::Raw(Arc::new(Raw { storage, size: length, health: Health::default() })))
         }
         Format::Qcow2 => {
-            let image = open_qcow2(engine, storage, &first, options, budget).await?;
-            Ok(Layer::Qcow2(Box::new(image)))
+            let image = open_qcow2(engine, Arc::new(storage), &first, options, budget).await?;
+            Ok(Layer::Qcow2(Arc::new(image)))
         }
     }
 }
@@ -270,7 +288,7 @@ fn check_size(size: u64, options: &OpenOptions, name: &str) -> Result<()> {
 
 async fn open_qcow2<E: Engine>(
     engine: &E,
-    storage: Storage,
+    storage: Arc<Storage>,
     first: &[u8],
     options: &OpenOptions,
     budget: &mut Budget,
@@ -295,7 +313,7 @@ async fn open_qcow2<E: Engine>(
     let geometry = header.geometry;
     let l2 = reserve(&header, options, budget, storage.name())?;
     let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
-    let l1 = L1Table::new(table.into_iter());
+    let l1 = L1Table::new(header.l1_offset, table.into_iter());
 
     Ok(Qcow2 {
         storage,
@@ -306,6 +324,7 @@ async fn open_qcow2<E: Engine>(
         l2,
         writing: None,
         misses: AtomicU64::new(0),
+        snapshots: OnceLock::new(),
     })
 }
 
@@ -339,7 +358,7 @@ fn check_backing(header: &Header, options: &OpenOptions, name: &str) -> Result<(
 
 /// Checks the options against what the header says, and takes the memory that is
 /// needed whatever the image holds. Returns the cache of L2 slices.
-fn reserve(
+pub(crate) fn reserve(
     header: &Header,
     options: &OpenOptions,
     budget: &mut Budget,

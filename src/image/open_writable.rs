@@ -65,7 +65,7 @@ async fn repair_dirty<E: Engine>(engine: &E, image: &mut Qcow2, budget: &Budget)
     storage.sync(engine).await?;
     // Flags in there may have changed.
     let table = read_table(engine, storage, header.l1_offset, header.l1_size as usize).await?;
-    image.l1 = L1Table::new(table.into_iter());
+    image.l1 = L1Table::new(header.l1_offset, table.into_iter());
     Ok(())
 }
 

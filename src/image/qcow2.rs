@@ -1,12 +1,12 @@
 //! One qcow2 image of a chain: its tables in memory, and the way from a guest
 //! offset to what is stored there.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use super::claims::Claims;
 use super::feature_bits::FeatureBits;
+pub use super::l1_table::L1Table;
 use crate::alloc::allocator::Allocator;
 use crate::alloc::packing::Open;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +15,7 @@ use crate::format::compressed::Compressed;
 use crate::format::header::Header;
 use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
 use crate::format::limits::OFFSET_MASK;
+use crate::format::snapshot::Snapshot;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::{Geometry, GuestCluster, GuestOffset, HostOffset};
 use crate::io::engine::{Engine, Target};
@@ -26,8 +27,8 @@ use crate::sys::memory::Block;
 
 /// An open qcow2 image, without what is below it.
 pub struct Qcow2 {
-    /// Where its bytes are.
-    pub storage: Storage,
+    /// Where its bytes are; shared with the snapshots of it that are open.
+    pub storage: Arc<Storage>,
     /// As read at open, but for the bits that are changed later.
     pub header: Header,
     /// How its L2 entries are read.
@@ -42,6 +43,17 @@ pub struct Qcow2 {
     pub writing: Option<Writing>,
     /// Slices that had to be loaded.
     pub misses: AtomicU64,
+    /// Its internal snapshots, once somebody has asked for them.
+    pub snapshots: OnceLock<SnapshotTable>,
+}
+
+/// The internal snapshots of an image.
+#[derive(Debug, Default)]
+pub struct SnapshotTable {
+    /// In the order of the table.
+    pub list: Vec<Snapshot>,
+    /// Bytes that the table takes in the file.
+    pub bytes: u64,
 }
 
 /// The state of an image that is open for writing.
@@ -72,62 +84,6 @@ pub struct Writing {
     pub discard_keeps: bool,
     /// Bytes read from below (or from an older place) and copied.
     pub cow_bytes: AtomicU64,
-}
-
-/// The L1 table: host offsets of L2 tables, with the COPIED flag.
-pub struct L1Table {
-    entries: Box<[AtomicU64]>,
-    dirty: Mutex<BTreeSet<usize>>,
-}
-
-impl L1Table {
-    /// The table with these entries.
-    pub fn new(entries: impl Iterator<Item = u64>) -> L1Table {
-        L1Table { entries: entries.map(AtomicU64::new).collect(), dirty: Mutex::default() }
-    }
-
-    /// The entry at `index`; 0 past the end: there is no L2 table.
-    #[inline]
-    pub fn get(&self, index: u64) -> u64 {
-        let entry = usize::try_from(index).ok().and_then(|index| self.entries.get(index));
-        entry.map_or(0, |entry| entry.load(Ordering::Acquire))
-    }
-
-    /// Changes an entry; it is written with the next flush.
-    pub fn set(&self, index: u64, value: u64) {
-        let Some(index) = usize::try_from(index).ok().filter(|i| *i < self.entries.len()) else {
-            return;
-        };
-        let mut dirty = self.dirty();
-        self.entries[index].store(value, Ordering::Release);
-        dirty.insert(index);
-    }
-
-    fn dirty(&self) -> MutexGuard<'_, BTreeSet<usize>> {
-        self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What changed since the last call: indices and values, in order.
-    pub fn take_dirty(&self) -> Vec<(usize, u64)> {
-        let mut dirty = self.dirty();
-        let list = std::mem::take(&mut *dirty);
-        list.into_iter().map(|i| (i, self.entries[i].load(Ordering::Acquire))).collect()
-    }
-
-    /// These did not reach the storage.
-    pub fn put_back(&self, entries: &[(usize, u64)]) {
-        self.dirty().extend(entries.iter().map(|(index, _)| *index));
-    }
-
-    /// Number of entries.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// All entries.
-    pub fn iter(&self) -> impl Iterator<Item = u64> {
-        self.entries.iter().map(|entry| entry.load(Ordering::Acquire))
-    }
 }
 
 /// A part of the virtual disk that is stored alike, in one piece.

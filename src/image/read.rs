@@ -142,7 +142,7 @@ impl Disk {
 
     /// Marks this image as corrupt if the error says that it is; see `Qcow2`.
     #[cold]
-    pub(super) async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
+    pub(crate) async fn note_corruption<E: Engine>(&self, engine: &E, error: Error) -> Error {
         match self.top() {
             Some(image) if !error.is_from_below() => image.note_corruption(engine, error).await,
             _ => error,

@@ -186,7 +186,7 @@ impl Qcow2 {
         pass.ordered = false;
         self.write_slices(engine, writing, pass).await?;
         for (index, value) in &pass.entries {
-            let offset = self.header.l1_offset + *index as u64 * 8;
+            let offset = self.l1.offset() + *index as u64 * 8;
             allocator.overlap.check_table(offset, 8, Metadata::L1)?;
             let block = Block::from_bytes(&value.to_be_bytes())?;
             self.storage.write(engine, &[Piece::Block(block.slice(0, 8))], offset).await?;
@@ -281,7 +281,7 @@ impl Qcow2 {
 
     /// Brings the image into the state that its next user should find: flushed,
     /// nothing reserved. Nobody may be inside.
-    pub(super) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
+    pub(crate) async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
         let Some(writing) = &self.writing else { return Ok(()) };
         let allocator = &writing.allocator;
         allocator.stop_filling(&mut *writing.filling.lock().await);

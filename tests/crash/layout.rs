@@ -201,6 +201,20 @@ impl Header {
         (tables, end - self.snapshots.offset)
     }
 
+    /// The snapshots' names, in the same order.
+    pub fn read_snapshot_names(&self, file: &dyn ReadAt) -> Vec<Vec<u8>> {
+        let mut at = self.snapshots.offset;
+        let mut names = Vec::new();
+        for _ in 0..self.snapshots.entries {
+            at = at.next_multiple_of(8);
+            let raw = file.bytes(at, 40);
+            let before = 40 + be32(&raw, 36) + be16(&raw, 12);
+            names.push(file.bytes(at + before, be16(&raw, 14)));
+            at += before + be16(&raw, 14);
+        }
+        names
+    }
+
     /// Entries of a table, as far as they are inside the file.
     pub fn read_table(&self, file: &dyn ReadAt, table: Table) -> Vec<u64> {
         // A length that is garbage shall not cost memory.

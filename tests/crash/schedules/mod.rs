@@ -15,6 +15,7 @@ mod handles;
 mod lazy;
 mod races;
 mod reuse;
+mod snapshots;
 mod syncs;
 mod tables;
 mod zeroes;
