@@ -70,6 +70,13 @@ impl Allocator {
         Ok(Layout { start: old_entries * per_block, blocks, table_clusters })
     }
 
+    /// Writes all refcounts that have changed, and what leads to them; a sync has to
+    /// follow before anything points to what they count.
+    pub async fn write_refcounts<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
+        self.refcounts.write_back(engine, storage).await?;
+        self.name_blocks(engine, storage).await.map(|_| ())
+    }
+
     /// Whether there are refcount blocks that the table on disk does not name.
     pub fn has_unnamed_blocks(&self) -> bool {
         !self.refcounts.unnamed().is_empty()

@@ -13,7 +13,6 @@ use crate::format::limits::MAX_HOST_OFFSET;
 use crate::geometry::HostOffset;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::Storage;
-use crate::sys::memory::Block;
 
 impl Allocator {
     /// The lowest `count` neighbouring clusters that are free; their refcounts are one
@@ -100,7 +99,8 @@ impl Allocator {
         Ok(None)
     }
 
-    /// Makes a refcount block for a place in the table.
+    /// Makes a refcount block for a place in the table, which names it later: see
+    /// `name_blocks`.
     async fn add_block_elsewhere<E: Engine>(
         &self,
         engine: &E,
@@ -126,12 +126,6 @@ impl Allocator {
         }
         self.overlap.check_data(block.get(), size)?;
         storage.write(engine, &[Piece::Zeroes(size as usize)], block.get()).await?;
-        self.refcounts.write_back(engine, storage).await?;
-        self.barrier(engine, storage).await?;
-        let at = table + index * 8;
-        self.overlap.check_table(at, 8, Metadata::RefcountTable)?;
-        let entry = Block::from_bytes(&block.get().to_be_bytes())?;
-        storage.write(engine, &[Piece::Block(entry.slice(0, 8))], at).await?;
         self.overlap.add(block.get(), size, Metadata::RefcountBlock);
         self.refcounts.publish_block(index, block);
         allocation.keep();

@@ -185,7 +185,7 @@ impl Qcow2 {
             .copy_from(0, &read(engine, &self.storage, self.l1.offset(), old).await?);
         let piece = [Piece::Block(block.slice(0, (entries * 8) as usize))];
         self.storage.write(engine, &piece, place).await?;
-        writing.allocator.refcounts.write_back(engine, &self.storage).await?;
+        writing.allocator.write_refcounts(engine, &self.storage).await?;
         writing.allocator.barrier(engine, &self.storage).await
     }
 

@@ -121,7 +121,7 @@ impl<'a, E: Engine> Operation<'a, E> {
 
     /// Writes the refcounts of what is new.
     pub async fn publish(&self) -> Result<()> {
-        self.writing.allocator.refcounts.write_back(self.engine, &self.image.storage).await
+        self.writing.allocator.write_refcounts(self.engine, &self.image.storage).await
     }
 
     /// Makes durable what is new, and its refcounts.
@@ -252,7 +252,7 @@ impl<'a, E: Engine> Operation<'a, E> {
         let allocator = &self.writing.allocator;
         allocator.health.check()?;
         allocator.give_back_all(engine, storage).await?;
-        allocator.refcounts.write_back(engine, storage).await?;
+        allocator.write_refcounts(engine, storage).await?;
         let first = read(engine, storage, 0, Header::READ_FIRST).await?;
         let bytes = read(engine, storage, 0, Header::bytes_wanted(&first)?).await?;
         let header = Header::parse(&bytes)?;
