@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::Layout;
 use super::disk::{self, Disk};
+use super::qemu;
 
 /// The disk of runs that allocate.
 pub const SPARSE_SIZE: u64 = 4 << 30;
@@ -23,6 +24,8 @@ pub struct Files {
     pub base: PathBuf,
     /// An overlay that is full of data, used by us and by QEMU.
     pub full: PathBuf,
+    /// Where in its file the overlay has the data of its disk, all in one piece.
+    pub full_data: u64,
     /// A raw file that is full of data.
     pub raw: PathBuf,
 }
@@ -32,9 +35,10 @@ impl Files {
     pub fn make(directory: &Path) -> Files {
         fs::create_dir_all(directory).unwrap_or_else(|error| panic!("{directory:?}: {error}"));
         let directory = fs::canonicalize(directory).expect("it exists");
-        let files = Files {
+        let mut files = Files {
             base: directory.join("base.raw"),
             full: directory.join("full.qcow2"),
+            full_data: 0,
             raw: directory.join("full.raw"),
             directory,
         };
@@ -55,6 +59,7 @@ impl Files {
         let full = Disk::open(&files.full, false, &[]);
         chunks(FULL_SIZE).for_each(|(offset, chunk)| full.write(&chunk, offset));
         full.close();
+        files.full_data = qemu::only_extent(&files.full, FULL_SIZE);
         files
     }
 

@@ -123,3 +123,14 @@ pub fn verify(theirs: &Path, ours: &Path) {
     let checked = run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(ours));
     compared.and(checked).unwrap_or_else(|error| panic!("{error}"));
 }
+
+/// Where the data of a disk of `size` bytes begins in its image file: all of it lies in
+/// one piece.
+pub fn only_extent(path: &Path, size: u64) -> u64 {
+    let text =
+        run(Command::new("qemu-img").args(["map", "--output=json", "-f", "qcow2"]).arg(path))
+            .unwrap_or_else(|error| panic!("{error}"));
+    let map: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(map[0]["length"], size, "the data lies in several pieces");
+    map[0]["offset"].as_u64().expect("it is stored")
+}

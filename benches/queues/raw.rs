@@ -7,12 +7,13 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Instant;
 
+use io_uring::squeue::Flags;
 use io_uring::{IoUring, opcode, types};
 use qcow2rs::Buffer;
 
 use crate::common::pattern::{Pattern, REQUEST};
 use crate::common::{FILL, Operation};
-use crate::row::Job;
+use crate::row::{Job, subcluster};
 
 fn open(job: &Job, path: &Path) -> File {
     let flags = if job.direct { libc::O_DIRECT } else { 0 };
@@ -26,14 +27,14 @@ fn pages(count: usize) -> Buffer {
     pages
 }
 
-/// Carries the job out by io_uring; returns seconds.
-pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
+/// Carries the job out by io_uring, `first` bytes further on; returns seconds.
+pub fn ring(job: &Job, path: &Path, first: u64, pattern: &Pattern) -> f64 {
     let file = open(job, path);
     let fd = types::Fd(file.as_raw_fd());
     let mut ring = IoUring::new((job.depth as u32).next_power_of_two()).expect("io_uring");
     let mut pages = pages(job.depth);
     let mut free: Vec<usize> = (0..job.depth).collect();
-    let mut offsets = pattern.offsets();
+    let mut offsets = pattern.offsets().map(|offset| first + offset);
     let mut in_flight = 0;
     let start = Instant::now();
     loop {
@@ -55,11 +56,7 @@ pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
         if in_flight == 0 {
             return start.elapsed().as_secs_f64();
         }
-        match ring.submit_and_wait(1) {
-            // Somebody has stopped this program for a while.
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            result => drop(result.expect("submits")),
-        }
+        submit(&ring);
         for completion in ring.completion() {
             assert_eq!(completion.result(), REQUEST as i32);
             free.push(completion.user_data() as usize);
@@ -68,12 +65,58 @@ pub fn ring(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
     }
 }
 
+/// Hands over what is new and waits for a completion.
+fn submit(ring: &IoUring) {
+    match ring.submit_and_wait(1) {
+        // Somebody has stopped this program for a while.
+        Err(error) if error.kind() == ErrorKind::Interrupted => {}
+        result => drop(result.expect("submits")),
+    }
+}
+
+/// For each request copies a whole subcluster from the base; returns seconds.
+pub fn copies(job: &Job, base: &Path, path: &Path, pattern: &Pattern) -> f64 {
+    let (base, file) = (open(job, base), open(job, path));
+    let (from, to) = (types::Fd(base.as_raw_fd()), types::Fd(file.as_raw_fd()));
+    let size = subcluster(job.cluster);
+    let mut ring = IoUring::new((2 * job.depth as u32).next_power_of_two()).expect("io_uring");
+    let mut memory = Buffer::aligned(job.depth * size as usize).expect("memory");
+    let mut free: Vec<usize> = (0..job.depth).collect();
+    let mut offsets = pattern.offsets().map(|offset| offset / size * size);
+    let mut in_flight = 0;
+    let start = Instant::now();
+    loop {
+        while let Some(index) = free.pop() {
+            let Some(offset) = offsets.next() else { break };
+            let place = memory[index * size as usize..].as_mut_ptr();
+            let read = opcode::Read::new(from, place, size as u32).offset(offset).build();
+            let write = opcode::Write::new(to, place, size as u32).offset(offset).build();
+            let both =
+                [read.flags(Flags::IO_LINK).user_data(u64::MAX), write.user_data(index as u64)];
+            // SAFETY: the memory and the files outlive the operations.
+            unsafe { ring.submission().push_multiple(&both) }.expect("room");
+            in_flight += 1;
+        }
+        if in_flight == 0 {
+            return start.elapsed().as_secs_f64();
+        }
+        submit(&ring);
+        for completion in ring.completion() {
+            assert_eq!(completion.result(), size as i32);
+            if completion.user_data() != u64::MAX {
+                free.push(completion.user_data() as usize);
+                in_flight -= 1;
+            }
+        }
+    }
+}
+
 /// Carries the job out by one call after the other; returns seconds.
-pub fn calls(job: &Job, path: &Path, pattern: &Pattern) -> f64 {
+pub fn calls(job: &Job, path: &Path, first: u64, pattern: &Pattern) -> f64 {
     let file = open(job, path);
     let mut page = pages(1);
     let start = Instant::now();
-    for offset in pattern.offsets() {
+    for offset in pattern.offsets().map(|offset| first + offset) {
         match job.operation {
             Operation::Read => file.read_exact_at(&mut page, offset).expect("reads"),
             Operation::Write => file.write_all_at(&page, offset).expect("writes"),

@@ -31,15 +31,16 @@ fn ratio(of: &Side, to: &Side) -> f64 {
     median(&by_round(&of.rates, &to.rates))
 }
 
-/// Where the raw file is not as much faster than QEMU as we are to be, reaching our
-/// part of the raw file is enough: nobody is asked to be faster than the disk.
+/// Where our part of the raw file would be less than what is wanted in relation to
+/// QEMU, reaching that part is enough: nobody is asked to be faster than the disk.
 fn no_room(measured: &Measured, target: &Target, least: f64) -> bool {
     let sides = &measured.sides;
-    let raw = sides.iter().position(|side| side.job.who == Who::Raw);
+    let is_raw = |side: &Side| matches!(side.job.who, Who::Raw | Who::Copies);
+    let raw = sides.iter().rposition(is_raw);
     let part = |raw| measured.row.targets.iter().find(|target| target.to == raw)?.least;
     let Some((raw, part)) = raw.and_then(|raw| Some((raw, part(raw)?))) else { return false };
     sides[target.to].job.who == Who::Qemu
-        && ratio(&sides[raw], &sides[target.to]) < least
+        && ratio(&sides[raw], &sides[target.to]) * part < least
         && ratio(&sides[target.of], &sides[raw]) >= part
 }
 

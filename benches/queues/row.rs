@@ -1,6 +1,7 @@
 //! What is measured, and what it is to reach.
 
 use crate::common::files::CLUSTER;
+use crate::common::pattern::REQUEST;
 use crate::common::{Operation, files};
 
 /// Who carries requests out.
@@ -8,8 +9,12 @@ use crate::common::{Operation, files};
 pub enum Who {
     Ours,
     Qemu,
-    /// Bare io_uring on a raw file.
+    /// Bare io_uring on a raw file; on the very bytes of the image that the others read
+    /// or overwrite, where there are such.
     Raw,
+    /// The same, but as many bytes as an image has to: a whole subcluster is read from
+    /// the base and written to the file.
+    Copies,
     /// `pread` and `pwrite` on a raw file: what a page cache is fastest with.
     Calls,
 }
@@ -76,6 +81,7 @@ fn sides(job: Job, all: &[Who]) -> Vec<(String, Job)> {
         Who::Ours => "qcow2rs",
         Who::Qemu => "QEMU",
         Who::Raw => "raw file",
+        Who::Copies => "raw file, whole subclusters copied",
         Who::Calls => "raw file, pread and pwrite",
     };
     all.iter().map(|who| (name(*who).to_owned(), Job { who: *who, ..job })).collect()
@@ -88,6 +94,11 @@ fn cache(direct: bool) -> &'static str {
 /// Clusters as people write them.
 pub fn size(bytes: u64) -> String {
     if bytes < 1 << 20 { format!("{}k", bytes >> 10) } else { format!("{}M", bytes >> 20) }
+}
+
+/// Bytes of a subcluster.
+pub fn subcluster(cluster: u64) -> u64 {
+    cluster / 32
 }
 
 /// Ours against QEMU and the raw file.
@@ -113,6 +124,10 @@ fn extended(cluster: u64, qemu: Option<f64>, raw: Option<f64>, off: Option<f64>)
     }
     row.targets.push(Target { of: 0, to: 3, least: off });
     row.targets.push(Target { of: 1, to: 4, least: None });
+    if subcluster(cluster) > REQUEST {
+        row.targets.push(Target { of: 0, to: 5, least: Some(0.85) });
+        row.sides.extend(sides(job, &[Who::Copies]));
+    }
     row
 }
 

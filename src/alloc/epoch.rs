@@ -41,8 +41,9 @@ impl Drop for Inside<'_> {
 #[must_use]
 #[derive(Debug)]
 pub struct Stay {
-    copy: usize,
-    odd: usize,
+    /// Small, as requests carry it along.
+    copy: u16,
+    odd: u16,
 }
 
 /// Somebody who waits for others to leave.
@@ -67,13 +68,14 @@ impl Epochs {
     #[inline]
     pub fn stay(&self) -> Stay {
         let here = here();
-        Stay { copy: here.index(), odd: self.enter_by(self.inside.at(here)) }
+        // There are a few copies, of two counters each.
+        Stay { copy: here.index() as u16, odd: self.enter_by(self.inside.at(here)) as u16 }
     }
 
     /// Leaves.
     #[inline]
     pub fn leave(&self, stay: Stay) {
-        self.leave_by(&self.inside.copy(stay.copy)[stay.odd]);
+        self.leave_by(&self.inside.copy(stay.copy.into())[usize::from(stay.odd)]);
     }
 
     /// Enters by a thread's counters; which of them it was.

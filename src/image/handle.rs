@@ -49,6 +49,14 @@ pub struct WriteFlags {
     pub unchanged: bool,
 }
 
+impl WriteFlags {
+    /// Whether writing in place is all that there is to it.
+    #[inline]
+    pub(crate) fn are_plain(self) -> bool {
+        !self.fua && !self.compressed
+    }
+}
+
 /// All doors, closed to everybody else.
 struct Exclusive<'a> {
     doors: Vec<RwLockWriteGuard<'a, Option<Arc<Disk>>>>,
@@ -370,8 +378,8 @@ impl Image {
     ) -> Result<()> {
         let data = Piece::Guest(from);
         self.enter(|disk| {
-            let plain = !flags.fua && !flags.compressed;
-            let now = if plain { disk.write_now(&Blocking, &data, offset) } else { None };
+            let now =
+                if flags.are_plain() { disk.write_now(&Blocking, &data, offset) } else { None };
             match now {
                 Some(result) => result,
                 None if flags.compressed => {

@@ -53,15 +53,15 @@ impl RangeLock {
         if held.iter().any(|other| other.excludes(&wanted)) {
             return None;
         }
-        held.push(wanted.clone());
-        Some(Turn(Some(wanted)))
+        held.push(wanted);
+        Some(Turn { taken: true })
     }
 
-    /// Ends a turn.
+    /// Ends a turn of that range.
     #[inline]
-    pub(super) fn end_turn(&self, Turn(held): Turn) {
-        if let Some(held) = held {
-            self.unlock(&held);
+    pub(super) fn end_turn(&self, turn: Turn, range: Range<u64>) {
+        if turn.taken {
+            self.unlock(&Held { range, alone: false });
         }
     }
 
@@ -97,11 +97,13 @@ impl Drop for RangeGuard<'_> {
 /// A locked range that borrows nothing, or none at all.
 #[must_use]
 #[derive(Debug)]
-pub(crate) struct Turn(Option<Held>);
+pub(crate) struct Turn {
+    taken: bool,
+}
 
 impl Turn {
     /// Of a transfer that need not take turns with any other.
-    pub(super) const ANYTIME: Turn = Turn(None);
+    pub(super) const ANYTIME: Turn = Turn { taken: false };
 }
 
 #[cfg(test)]

@@ -194,7 +194,7 @@ impl RingEngine {
         if state.push(file.fd(), call, index).is_err() {
             state.slots[index].tag = None;
             state.free.push(index);
-            storage.end_turn(turn);
+            storage.end_turn(turn, transfer, offset);
             return None;
         }
         Some(turn)

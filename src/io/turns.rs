@@ -81,10 +81,11 @@ impl Storage {
         Some(turn)
     }
 
-    /// Ends a turn when its transfer is over.
+    /// Ends the turn of a transfer that is over.
     #[inline]
-    pub(crate) fn end_turn(&self, turn: Turn) {
-        self.ranges().end_turn(turn);
+    pub(crate) fn end_turn(&self, turn: Turn, transfer: &Transfer, offset: u64) {
+        // It did not overflow when the turn was taken.
+        self.ranges().end_turn(turn, offset..offset.saturating_add(transfer.len() as u64));
     }
 
     fn is_fit(

@@ -9,29 +9,20 @@ use crate::image::known::{Begun, Place};
 use crate::io::range_lock::Turn;
 use crate::io::turns::Transfer;
 
-/// A request on its way.
+/// A request on its way; the request itself stays in its slot.
 pub struct Flight {
-    request: Request,
     begun: Begun,
     place: Place,
     turn: Turn,
 }
 
-/// How a flight ended.
-pub enum Landing {
-    /// The request is over.
-    Done(Result<()>),
-    /// It is to be carried out by a future: what came back was less than all, or says
-    /// that it is to be tried again.
-    Again(Request),
-}
-
 /// What a request asks for, if that may fly: where on which disk.
+#[inline]
 fn transfer(request: &Request) -> Option<(&Disk, Transfer, u64)> {
     let disk = request.disk.as_deref().ok()?;
     match request.work {
         Work::Read(Into::Guest(to), offset) => Some((disk, Transfer::Read(to), offset)),
-        Work::Write(From::Guest(from), offset, flags) if !flags.fua => {
+        Work::Write(From::Guest(from), offset, flags) if flags.are_plain() => {
             Some((disk, Transfer::Write(from), offset))
         }
         _ => None,
@@ -39,15 +30,10 @@ fn transfer(request: &Request) -> Option<(&Disk, Transfer, u64)> {
 }
 
 impl Flight {
-    /// Sends a request off with the number of its slot; gives it back if it cannot go
-    /// this way.
+    /// Sends a request off with the number of its slot; `None`: it cannot go this way.
     #[inline]
-    pub fn start<E: QueueEngine>(
-        request: Request,
-        engine: &E,
-        slot: usize,
-    ) -> std::result::Result<Flight, Request> {
-        let Some((disk, transfer, offset)) = transfer(&request) else { return Err(request) };
+    pub fn start<E: QueueEngine>(request: &Request, engine: &E, slot: usize) -> Option<Flight> {
+        let (disk, transfer, offset) = transfer(request)?;
         let begun = disk.begin();
         let len = transfer.len() as u64;
         let place = match transfer {
@@ -59,33 +45,31 @@ impl Flight {
             Some((place, turn))
         });
         match launched {
-            Some((place, turn)) => Ok(Flight { request, begun, place, turn }),
+            Some((place, turn)) => Some(Flight { begun, place, turn }),
             None => {
                 disk.end(begun);
-                Err(request)
+                None
             }
         }
     }
 
-    /// Ends it. `result`: bytes, or the negative errno.
+    /// Ends it. `result`: bytes, or the negative errno. `None`: the request is to be
+    /// carried out by a future, as what came back was less than all, or says that it is
+    /// to be tried again.
     #[inline]
-    pub fn land(self, result: i32) -> Landing {
-        let Flight { request, begun, place, turn } = self;
-        let Some((disk, transfer, _)) = transfer(&request) else { return Landing::Again(request) };
-        let ended = disk.storage(place).map(|storage| {
-            storage.end_turn(turn);
-            transfer.ended(storage, place.at, result)
-        });
-        if matches!(ended, Some(Some(Ok(())))) {
+    pub fn land(self, request: &Request, result: i32) -> Option<Result<()>> {
+        let Flight { begun, place, turn } = self;
+        let (disk, transfer, _) = transfer(request)?;
+        let storage = disk.storage(place)?;
+        storage.end_turn(turn, &transfer, place.at);
+        let ended = transfer.ended(storage, place.at, result);
+        if matches!(ended, Some(Ok(()))) {
             match transfer {
                 Transfer::Read(to) => disk.requests.read(to.len() as u64),
                 Transfer::Write(from) => disk.note_written(from.len() as u64),
             }
         }
         disk.end(begun);
-        match ended.flatten() {
-            Some(result) => Landing::Done(result),
-            None => Landing::Again(request),
-        }
+        ended
     }
 }

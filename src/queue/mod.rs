@@ -134,6 +134,7 @@ impl Queue {
     }
 
     /// As `read`, into memory that the caller keeps until the completion.
+    #[inline]
     pub(crate) fn read_guest(
         &self,
         to: GuestMut<'static>,
@@ -144,6 +145,7 @@ impl Queue {
     }
 
     /// As `write`, from memory that the caller keeps until the completion.
+    #[inline]
     pub(crate) fn write_guest(
         &self,
         from: GuestRef<'static>,
@@ -159,6 +161,7 @@ impl Queue {
         Ok(self.accept(Work::Fail(error), user_data)?)
     }
 
+    #[inline(always)] // As that of `Inner`.
     fn accept(&self, work: Work, user_data: u64) -> std::result::Result<(), Refused> {
         self.0.accept(work, user_data).map_err(|(error, work)| {
             let buffer = work.into_buffer();

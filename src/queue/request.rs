@@ -66,7 +66,7 @@ impl Request {
             (Work::Read(Into::Guest(to), offset), Ok(disk)) => {
                 disk.read_now(engine, &Target::Guest(*to), *offset)
             }
-            (Work::Write(From::Guest(from), offset, flags), Ok(disk)) if !flags.fua => {
+            (Work::Write(From::Guest(from), offset, flags), Ok(disk)) if flags.are_plain() => {
                 disk.write_now(engine, &Piece::Guest(*from), *offset)
             }
             _ => None,

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 
 use super::bells::Bells;
 use super::engine::QueueEngine;
-use super::flight::{Flight, Landing};
+use super::flight::Flight;
 use super::ready::{Ready, SlotWaker};
 use super::request::{Exchange, Outcome, Request, serve};
 use crate::error::{Error, ErrorKind, Result};
@@ -104,6 +104,7 @@ impl<E: QueueEngine> Slots<E> {
     }
 
     /// Accepts a request. The caller has seen that there is room.
+    #[inline]
     pub fn accept(
         &mut self,
         ready: &Arc<Ready<Bells<E::Event>>>,
@@ -137,43 +138,45 @@ impl<E: QueueEngine> Slots<E> {
         let many = self.accepted.len() >= MANY && engine.has_ring();
         while let Some(index) = self.accepted.pop_front() {
             count += 1;
-            if let Some(request) = self.slots[index].request.take() {
-                self.begin(index, request, many, engine)?;
-            }
+            self.begin(index, many, engine)?;
         }
         Ok(count)
     }
 
-    fn begin(&mut self, index: usize, request: Request, many: bool, engine: &Arc<E>) -> Result<()> {
-        let request = match many {
-            true => match Flight::start(request, &**engine, index) {
-                Ok(flight) => return self.off(index, flight),
-                Err(request) => request,
-            },
-            false => request,
-        };
+    fn begin(&mut self, index: usize, many: bool, engine: &Arc<E>) -> Result<()> {
+        let slot = &mut self.slots[index];
+        let Some(request) = &slot.request else { return Ok(()) };
+        if many {
+            slot.flight = Flight::start(request, &**engine, index);
+            if slot.flight.is_some() {
+                return Ok(());
+            }
+        }
         // A panic here is one of a storage's callback.
         match catch_unwind(AssertUnwindSafe(|| request.run_now(&**engine))) {
             Ok(Some(result)) => {
+                slot.request = None;
                 self.complete(index, Outcome { result, buffer: None });
-                Ok(())
+                return Ok(());
             }
-            Ok(None) => match Flight::start(request, &**engine, index) {
-                Ok(flight) => self.off(index, flight),
-                Err(request) => self.serve(index, request, engine),
-            },
-            Err(payload) => Err(self.panicked(index, payload, engine)),
+            Ok(None) => {}
+            Err(payload) => return Err(self.panicked(index, payload, engine)),
         }
-    }
-
-    fn off(&mut self, index: usize, flight: Flight) -> Result<()> {
-        self.slots[index].flight = Some(flight);
-        Ok(())
+        if !many {
+            slot.flight = Flight::start(request, &**engine, index);
+            if slot.flight.is_some() {
+                return Ok(());
+            }
+        }
+        self.serve(index, engine)
     }
 
     /// Has a future carry a request out.
-    fn serve(&mut self, index: usize, request: Request, engine: &Arc<E>) -> Result<()> {
-        self.slots[index].exchange.put(request);
+    fn serve(&mut self, index: usize, engine: &Arc<E>) -> Result<()> {
+        let slot = &mut self.slots[index];
+        if let Some(request) = slot.request.take() {
+            slot.exchange.put(request);
+        }
         self.poll(index, engine)
     }
 
@@ -183,13 +186,16 @@ impl<E: QueueEngine> Slots<E> {
         engine.landed(&mut landed);
         let mut outcome = Ok(());
         for Landed { tag, result } in landed.drain(..) {
-            let flight = self.slots.get_mut(tag).and_then(|slot| slot.flight.take());
-            match flight.map(|flight| flight.land(result)) {
-                Some(Landing::Done(result)) => self.complete(tag, Outcome { result, buffer: None }),
-                Some(Landing::Again(request)) => {
-                    outcome = outcome.and(self.serve(tag, request, engine));
+            let Some(slot) = self.slots.get_mut(tag) else { continue };
+            let (Some(flight), Some(request)) = (slot.flight.take(), &slot.request) else {
+                continue;
+            };
+            match flight.land(request, result) {
+                Some(result) => {
+                    slot.request = None;
+                    self.complete(tag, Outcome { result, buffer: None });
                 }
-                None => {}
+                None => outcome = outcome.and(self.serve(tag, engine)),
             }
         }
         self.landed = landed;
@@ -251,10 +257,10 @@ impl<E: QueueEngine> Slots<E> {
                 std::mem::forget(payload);
             }
         }
-        if let Some(flight) = slot.flight.take() {
+        if let (Some(flight), Some(request)) = (slot.flight.take(), &slot.request) {
             engine.see_landed(index);
-            // The memory is the caller's, and how it ended is no news any more.
-            flight.land(-libc::ECANCELED);
+            // How it ended is no news any more.
+            flight.land(request, -libc::ECANCELED);
         }
         let request = slot.request.take().or_else(|| slot.exchange.take_request());
         let buffer = request.and_then(|request| request.work.into_buffer());
