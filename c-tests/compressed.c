@@ -79,6 +79,8 @@ static void refused(void)
     struct qcow2rs_create_opts *o = new_create_opts(SIZE);
     struct qcow2rs_image *img = made(path, "zlib");
     uint32_t flag = QCOW2RS_IO_COMPRESSED;
+    struct qcow2rs_queue *q;
+    struct qcow2rs_completion c;
 
     /* Parts of clusters. */
     CHECK_ERR(qcow2rs_pwrite(img, data, CLUSTER, 512, flag), EINVAL);
@@ -88,6 +90,11 @@ static void refused(void)
     /* What is allocated, unless it is compressed or the data is not. */
     CHECK_OK(qcow2rs_pwrite(img, "data", 4, 0, 0));
     CHECK_ERR(qcow2rs_pwrite(img, data, CLUSTER, 0, flag), EIO);
+    CHECK_OK(qcow2rs_queue_create(img, NULL, &q));
+    CHECK_OK(qcow2rs_queue_pwrite(q, data, CLUSTER, 0, flag, NULL));
+    CHECK_EQ(qcow2rs_queue_wait(q, &c, 1, 1, -1), 1);
+    CHECK_EQ(c.ret, -EIO);
+    qcow2rs_queue_destroy(&q);
     CHECK_OK(qcow2rs_pwrite(img, data, CLUSTER, CLUSTER, flag));
     CHECK_OK(qcow2rs_pwrite(img, data, CLUSTER, CLUSTER, flag));
     holds(img, CLUSTER, CLUSTER);
