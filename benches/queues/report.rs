@@ -27,21 +27,14 @@ const MET: &str = "met";
 const MISSED: &str = "missed";
 const NO_ROOM: &str = "met: the raw file itself leaves less room";
 
-fn ratio(of: &Side, to: &Side) -> f64 {
-    median(&by_round(&of.rates, &to.rates))
-}
-
-/// Where our part of the raw file would be less than what is wanted in relation to
-/// QEMU, reaching that part is enough: nobody is asked to be faster than the disk.
+/// Where our part of what a raw file reaches would be less than what is wanted, reaching
+/// that part is enough: nobody is asked to be faster than the disk.
 fn no_room(measured: &Measured, target: &Target, least: f64) -> bool {
-    let sides = &measured.sides;
-    let is_raw = |side: &Side| matches!(side.job.who, Who::Raw | Who::Copies);
-    let raw = sides.iter().rposition(is_raw);
-    let part = |raw| measured.row.targets.iter().find(|target| target.to == raw)?.least;
-    let Some((raw, part)) = raw.and_then(|raw| Some((raw, part(raw)?))) else { return false };
-    sides[target.to].job.who == Who::Qemu
-        && ratio(&sides[raw], &sides[target.to]) * part < least
-        && ratio(&sides[target.of], &sides[raw]) >= part
+    let ratio = |of: usize, to: usize| {
+        median(&by_round(&measured.sides[of].rates, &measured.sides[to].rates))
+    };
+    let enough = target.room.map(|room| ratio(room.of, room.to) * room.part);
+    enough.is_some_and(|enough| enough < least && ratio(target.of, target.to) >= enough)
 }
 
 /// Judges all ratios of a row.
