@@ -2,12 +2,11 @@
 //! range lies in one place that was known when they started.
 
 use super::engine::QueueEngine;
-use super::request::{From, Into, Request, Work};
-use crate::error::Result;
-use crate::image::disk::Disk;
+use super::request::{Outcome, Request};
 use crate::image::known::{Begun, Place};
 use crate::io::range_lock::Turn;
 use crate::io::turns::Transfer;
+use crate::sys::buffer::Buffer;
 
 /// A request on its way.
 pub struct Flight {
@@ -20,22 +19,10 @@ pub struct Flight {
 /// How a flight ended.
 pub enum Landing {
     /// The request is over.
-    Done(Result<()>),
+    Done(Outcome),
     /// It is to be carried out by a future: what came back was less than all, or says
     /// that it is to be tried again.
     Again(Request),
-}
-
-/// What a request asks for, if that may fly: where on which disk.
-fn transfer(request: &Request) -> Option<(&Disk, Transfer, u64)> {
-    let disk = request.disk.as_deref().ok()?;
-    match request.work {
-        Work::Read(Into::Guest(to), offset) => Some((disk, Transfer::Read(to), offset)),
-        Work::Write(From::Guest(from), offset, flags) if !flags.fua => {
-            Some((disk, Transfer::Write(from), offset))
-        }
-        _ => None,
-    }
 }
 
 impl Flight {
@@ -47,7 +34,7 @@ impl Flight {
         engine: &E,
         slot: usize,
     ) -> std::result::Result<Flight, Request> {
-        let Some((disk, transfer, offset)) = transfer(&request) else { return Err(request) };
+        let Some((disk, transfer, offset)) = request.transfer() else { return Err(request) };
         let begun = disk.begin();
         let len = transfer.len() as u64;
         let place = match transfer {
@@ -71,7 +58,7 @@ impl Flight {
     #[inline]
     pub fn land(self, result: i32) -> Landing {
         let Flight { request, begun, place, turn } = self;
-        let Some((disk, transfer, _)) = transfer(&request) else { return Landing::Again(request) };
+        let Some((disk, transfer, _)) = request.transfer() else { return Landing::Again(request) };
         let ended = disk.storage(place).map(|storage| {
             storage.end_turn(turn);
             transfer.ended(storage, place.at, result)
@@ -84,8 +71,17 @@ impl Flight {
         }
         disk.end(begun);
         match ended.flatten() {
-            Some(result) => Landing::Done(result),
+            Some(result) => Landing::Done(Outcome { result, buffer: request.work.into_buffer() }),
             None => Landing::Again(request),
+        }
+    }
+
+    /// Ends it when the engine has seen it landed: how it ended is no news any more.
+    /// The buffer that it has.
+    pub fn give_up(self) -> Option<Buffer> {
+        match self.land(-libc::ECANCELED) {
+            Landing::Done(outcome) => outcome.buffer,
+            Landing::Again(request) => request.work.into_buffer(),
         }
     }
 }

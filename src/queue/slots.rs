@@ -155,7 +155,7 @@ impl<E: QueueEngine> Slots<E> {
         // A panic here is one of a storage's callback.
         match catch_unwind(AssertUnwindSafe(|| request.run_now(&**engine))) {
             Ok(Some(result)) => {
-                self.complete(index, Outcome { result, buffer: None });
+                self.complete(index, Outcome { result, buffer: request.work.into_buffer() });
                 Ok(())
             }
             Ok(None) => match Flight::start(request, &**engine, index) {
@@ -185,7 +185,7 @@ impl<E: QueueEngine> Slots<E> {
         for Landed { tag, result } in landed.drain(..) {
             let flight = self.slots.get_mut(tag).and_then(|slot| slot.flight.take());
             match flight.map(|flight| flight.land(result)) {
-                Some(Landing::Done(result)) => self.complete(tag, Outcome { result, buffer: None }),
+                Some(Landing::Done(outcome)) => self.complete(tag, outcome),
                 Some(Landing::Again(request)) => {
                     outcome = outcome.and(self.serve(tag, request, engine));
                 }
@@ -251,13 +251,12 @@ impl<E: QueueEngine> Slots<E> {
                 std::mem::forget(payload);
             }
         }
-        if let Some(flight) = slot.flight.take() {
+        let flown = slot.flight.take().and_then(|flight| {
             engine.see_landed(index);
-            // The memory is the caller's, and how it ended is no news any more.
-            flight.land(-libc::ECANCELED);
-        }
+            flight.give_up()
+        });
         let request = slot.request.take().or_else(|| slot.exchange.take_request());
-        let buffer = request.and_then(|request| request.work.into_buffer());
+        let buffer = flown.or_else(|| request.and_then(|request| request.work.into_buffer()));
         self.complete(index, Outcome { result: Err(error), buffer });
     }
 
