@@ -40,11 +40,14 @@ impl Transfer {
 
     #[cold]
     fn failed(&self, storage: &Storage, offset: u64, result: i32) -> Option<Result<()>> {
+        mutant!(ShortFlightTakenForWhole => if result >= 0 { return Some(Ok(())) });
         let errno = result.checked_neg().filter(|errno| *errno > 0)?;
         // EAGAIN: somebody's descriptor with O_NONBLOCK, which the ring heeds.
-        if is_interrupted(errno) || errno == libc::EAGAIN {
+        let again = is_interrupted(errno) || errno == libc::EAGAIN;
+        if again && !mutant!(FlightNotTriedAgain) {
             return None;
         }
+        mutant!(FlightFailureForgotten => return Some(Ok(())));
         let what = match self {
             Transfer::Read(to) => reading(to.len(), offset),
             Transfer::Write(from) => writing(std::slice::from_ref(from), offset),
@@ -81,6 +84,7 @@ impl Storage {
                 }
                 let turn = match alignment {
                     Alignment::NONE => Turn::ANYTIME,
+                    _ if mutant!(FlightTakesNoTurn) => Turn::ANYTIME,
                     _ => self.ranges().try_turn(offset..offset.checked_add(len as u64)?)?,
                 };
                 self.tally().write(len);

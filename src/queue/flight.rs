@@ -60,16 +60,21 @@ impl Flight {
         let Flight { request, begun, place, turn } = self;
         let Some((disk, transfer, _)) = request.transfer() else { return Landing::Again(request) };
         let ended = disk.storage(place).map(|storage| {
-            storage.end_turn(turn);
+            if !mutant!(TurnNotEnded) {
+                storage.end_turn(turn);
+            }
             transfer.ended(storage, place.at, result)
         });
         if matches!(ended, Some(Some(Ok(())))) {
             match transfer {
                 Transfer::Read(to) => disk.requests.read(to.len() as u64),
+                Transfer::Write(_) if mutant!(FlightNotNoted) => {}
                 Transfer::Write(from) => disk.note_written(from.len() as u64),
             }
         }
-        disk.end(begun);
+        if !mutant!(FlightStaysInEpoch) {
+            disk.end(begun);
+        }
         match ended.flatten() {
             Some(result) => Landing::Done(Outcome { result, buffer: request.work.into_buffer() }),
             None => Landing::Again(request),

@@ -183,6 +183,7 @@ impl<E: QueueEngine> Slots<E> {
         engine.landed(&mut landed);
         let mut outcome = Ok(());
         for Landed { tag, result } in landed.drain(..) {
+            mutant!(LandingForgotten => continue);
             let flight = self.slots.get_mut(tag).and_then(|slot| slot.flight.take());
             match flight.map(|flight| flight.land(result)) {
                 Some(Landing::Done(outcome)) => self.complete(tag, outcome),
@@ -252,7 +253,9 @@ impl<E: QueueEngine> Slots<E> {
             }
         }
         let flown = slot.flight.take().and_then(|flight| {
-            engine.see_landed(index);
+            if !mutant!(GivenUpInFlight) {
+                engine.see_landed(index);
+            }
             flight.give_up()
         });
         let request = slot.request.take().or_else(|| slot.exchange.take_request());
