@@ -274,4 +274,24 @@ define! {
     CloseForgetsQueues,
     /// A driver sleeps though the kernel did not take what was submitted.
     UnsubmittedForgotten,
+    /// A request that goes to the ring without a future does not enter the epoch.
+    FlightOutsideEpoch,
+    /// What a write without a future has written does not make the next flush sync.
+    FlightNotNoted,
+    /// A write without a future takes no turns with those of parts of its blocks.
+    FlightTakesNoTurn,
+    /// A request without a future that failed counts as done.
+    FlightFailureForgotten,
+    /// A request without a future that came back short counts as done.
+    ShortFlightTakenForWhole,
+    /// A request without a future that was interrupted fails.
+    FlightNotTriedAgain,
+    /// It is forgotten that a request without a future is over.
+    LandingForgotten,
+    /// A request without a future is given up while the disk is at work on it.
+    GivenUpInFlight,
+    /// A request without a future that is over does not end its turn.
+    TurnNotEnded,
+    /// A request without a future that is over stays in the epoch.
+    FlightStaysInEpoch,
 }

@@ -6,8 +6,10 @@ use std::ptr;
 
 use super::open::qcow2rs_image;
 use super::open_opts::{QCOW2RS_REF_KIND_BACKING, QCOW2RS_REF_KIND_DATA};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{autoclear, compatible, incompatible};
+use crate::image::attached::poisoned;
+use crate::image::handle::Image;
 use crate::image::info::{Info, Stats};
 use crate::image::options::ReferenceKind;
 
@@ -155,11 +157,19 @@ pub unsafe extern "C" fn qcow2rs_get_info(
     })
 }
 
+/// An error if a request of a queue has panicked: for calls that would find nothing
+/// amiss by themselves.
+fn check_whole(image: &Image) -> Result<()> {
+    if image.queues().is_poisoned() { Err(poisoned()) } else { Ok(()) }
+}
+
 /// [MT] Virtual size in bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_get_size(img: *mut qcow2rs_image) -> i64 {
     entry!(|call| {
-        let size = call.held(img)?.size();
+        let image = call.held(img)?;
+        check_whole(&image)?;
+        let size = image.size();
         i64::try_from(size).map_err(|_| Error::os(libc::EOVERFLOW, format!("{size} bytes")))
     })
 }
@@ -290,6 +300,7 @@ pub unsafe extern "C" fn qcow2rs_get_stats(
     entry!(|call| {
         let image = call.held(img)?;
         let to = call.sized_out(stats, stats_size, size_of::<u64>(), "stats")?;
+        check_whole(&image)?;
         to.set(&qcow2rs_stats::new(&image.stats()));
         Ok(0)
     })

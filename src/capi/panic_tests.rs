@@ -305,6 +305,9 @@ fn a_panic_in_a_request_completes_it_and_poisons_queue_and_image() {
         check_panicked(qcow2rs_reopen(image, 0));
         let mut info = qcow2rs_info::default();
         check_panicked(qcow2rs_get_info(image, &mut info, size_of::<qcow2rs_info>()));
+        let mut stats = qcow2rs_stats::default();
+        check_panicked(qcow2rs_get_stats(image, &mut stats, size_of::<qcow2rs_stats>()));
+        check_panicked(qcow2rs_get_size(image));
         check_panicked(qcow2rs_queue_create(image, ptr::null(), &mut ptr::null_mut()));
         qcow2rs_queue_destroy(&mut queue);
         check_panicked(qcow2rs_close(&mut image));

@@ -64,6 +64,7 @@ impl Disk {
     #[inline]
     pub fn begin(&self) -> Begun {
         let writing = self.top().and_then(|image| image.writing.as_ref());
+        let writing = writing.filter(|_| !mutant!(FlightOutsideEpoch));
         Begun(writing.map(|writing| writing.allocator.epochs.stay()))
     }
 

@@ -27,7 +27,9 @@ impl Alignment {
         Ok(start..end)
     }
 
-    fn takes(self, target: &Target<'_>) -> bool {
+    /// Whether a read may go straight into this memory.
+    #[inline]
+    pub(super) fn takes(self, target: &Target<'_>) -> bool {
         let (memory, request) = (self.memory as usize, self.request as usize);
         match target {
             Target::Guest(guest) => guest.is_aligned_for(memory, request),
@@ -35,7 +37,9 @@ impl Alignment {
         }
     }
 
-    fn takes_piece(self, piece: &Piece<'_>) -> bool {
+    /// Whether a write may take this as it is.
+    #[inline]
+    pub(super) fn takes_piece(self, piece: &Piece<'_>) -> bool {
         let (memory, request) = (self.memory as usize, self.request as usize);
         match piece {
             Piece::Guest(guest) => guest.is_aligned_for(memory, request),

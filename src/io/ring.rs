@@ -16,6 +16,7 @@
 mod operations;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
@@ -23,10 +24,10 @@ use std::time::Duration;
 use super::range_lock::Turn;
 use super::storage::{Backend, Storage};
 use super::turns::Transfer;
-use crate::sys::file::Bytes;
 use crate::sys::file::SysResult;
 use crate::sys::memory::{Block, BlockSlice};
 use crate::sys::uring::{Call, Ring, Vectors};
+use operations::Memory;
 
 /// Submits to a ring, or does without.
 pub struct RingEngine {
@@ -172,28 +173,19 @@ impl RingEngine {
         let (Backend::File(file), Some(mut state)) = (storage.backend(), self.state()) else {
             return None;
         };
-        let turn = match transfer {
-            Transfer::Read(to) => storage.turn_to_read(to, offset)?,
+        let (memory, call) = match transfer {
+            Transfer::Read(to) => (Memory::Fill(to, 0), Call::Read(offset)),
             // Of those to the page cache the kernel would make work for a thread.
             Transfer::Write(_) if !file.is_direct() => return None,
-            Transfer::Write(from) => storage.turn_to_write(from, offset)?,
+            Transfer::Write(from) => (Memory::Take(slice::from_ref(from), 0), Call::Write(offset)),
         };
+        let turn = storage.turn(transfer, offset)?;
         let index = state.slot();
         let slot = &mut state.slots[index];
         slot.tag = Some(tag);
-        let call = match *transfer {
-            Transfer::Read(to) => {
-                slot.vectors.fill(to);
-                Call::Read(offset)
-            }
-            Transfer::Write(from) => {
-                slot.vectors.take(std::iter::once(Bytes::Memory(from)), 0);
-                Call::Write(offset)
-            }
-        };
+        slot.take(&memory);
         if state.push(file.fd(), call, index).is_err() {
-            state.slots[index].tag = None;
-            state.free.push(index);
+            state.give_back(index);
             storage.end_turn(turn, transfer, offset);
             return None;
         }
@@ -300,6 +292,7 @@ impl State {
             }
             let slot = usize::try_from(number).ok().and_then(|number| slots.get_mut(number));
             let Some(slot) = slot else { return };
+            slot.kept.clear();
             match slot.tag.take() {
                 Some(tag) => {
                     landed.push(Landed { tag, result });
@@ -307,12 +300,19 @@ impl State {
                 }
                 None => {
                     slot.result = Some(result);
-                    slot.kept.clear();
                     wakers.extend(slot.waker.take());
                 }
             }
         });
         count > 0
+    }
+
+    /// A slot whose operation the kernel was never given.
+    fn give_back(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.kept.clear();
+        slot.tag = None;
+        self.free.push(index);
     }
 
     /// An empty slot.

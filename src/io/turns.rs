@@ -2,22 +2,20 @@
 //! in its way. For engines that are told of the end rather than wait for it.
 
 use super::blocking::{reading, writing};
-use super::engine::Piece;
+use super::engine::{Piece, Target};
 use super::file::Alignment;
 use super::range_lock::Turn;
 use super::ring::is_interrupted;
 use super::storage::Storage;
 use crate::error::Result;
 use crate::sys::file::MAX_TRANSFER;
-use crate::sys::memory::{GuestMut, GuestRef};
 
-/// A transfer that goes to a storage as it is.
-#[derive(Clone, Copy)]
+/// A transfer that goes to a storage as it is. Its memory stays until it is over.
 pub enum Transfer {
-    /// Reads into memory that stays until it is over.
-    Read(GuestMut<'static>),
-    /// Writes memory that stays until it is over.
-    Write(GuestRef<'static>),
+    /// Reads into memory.
+    Read(Target<'static>),
+    /// Writes what memory holds.
+    Write(Piece<'static>),
 }
 
 impl Transfer {
@@ -42,43 +40,57 @@ impl Transfer {
 
     #[cold]
     fn failed(&self, storage: &Storage, offset: u64, result: i32) -> Option<Result<()>> {
+        mutant!(ShortFlightTakenForWhole => if result >= 0 { return Some(Ok(())) });
         let errno = result.checked_neg().filter(|errno| *errno > 0)?;
         // EAGAIN: somebody's descriptor with O_NONBLOCK, which the ring heeds.
-        if is_interrupted(errno) || errno == libc::EAGAIN {
+        let again = is_interrupted(errno) || errno == libc::EAGAIN;
+        if again && !mutant!(FlightNotTriedAgain) {
             return None;
         }
+        mutant!(FlightFailureForgotten => return Some(Ok(())));
         let what = match self {
             Transfer::Read(to) => reading(to.len(), offset),
-            Transfer::Write(from) => writing(&[Piece::Guest(*from)], offset),
+            Transfer::Write(from) => writing(std::slice::from_ref(from), offset),
         };
         Some(Err(storage.failed(errno, what)))
     }
 }
 
 impl Storage {
-    /// The turn of a read that goes to the storage as it is; `None`: it cannot.
-    #[inline]
-    pub(super) fn turn_to_read(&self, to: &GuestMut<'_>, offset: u64) -> Option<Turn> {
-        self.is_fit(offset, to.len(), |memory, request| to.is_aligned_for(memory, request))?;
-        self.tally().read(to.len());
-        Some(Turn::ANYTIME)
-    }
-
-    /// The turn of a write that goes to the storage as it is; `None`: it cannot, or
+    /// The turn of a transfer that goes to the storage as it is; `None`: it cannot, or
     /// not now. To be ended.
     #[inline]
-    pub(super) fn turn_to_write(&self, from: &GuestRef<'_>, offset: u64) -> Option<Turn> {
-        let len = from.len();
-        self.is_fit(offset, len, |memory, request| from.is_aligned_for(memory, request))?;
-        if !self.access().writable {
+    pub(super) fn turn(&self, transfer: &Transfer, offset: u64) -> Option<Turn> {
+        let len = transfer.len();
+        let alignment = self.alignment();
+        let is_aligned = || match transfer {
+            Transfer::Read(to) => alignment.takes(to),
+            Transfer::Write(from) => alignment.takes_piece(from),
+        };
+        let request = alignment.request;
+        let fits = (0 < len && len <= MAX_TRANSFER)
+            && (request == 1 || (offset % u64::from(request) == 0 && is_aligned()));
+        if !fits {
             return None;
         }
-        let turn = match self.alignment() {
-            Alignment::NONE => Turn::ANYTIME,
-            _ => self.ranges().try_turn(offset..offset.checked_add(len as u64)?)?,
-        };
-        self.tally().write(len);
-        Some(turn)
+        match transfer {
+            Transfer::Read(_) => {
+                self.tally().read(len);
+                Some(Turn::ANYTIME)
+            }
+            Transfer::Write(_) => {
+                if !self.access().writable {
+                    return None;
+                }
+                let turn = match alignment {
+                    Alignment::NONE => Turn::ANYTIME,
+                    _ if mutant!(FlightTakesNoTurn) => Turn::ANYTIME,
+                    _ => self.ranges().try_turn(offset..offset.checked_add(len as u64)?)?,
+                };
+                self.tally().write(len);
+                Some(turn)
+            }
+        }
     }
 
     /// Ends the turn of a transfer that is over.
@@ -86,19 +98,5 @@ impl Storage {
     pub(crate) fn end_turn(&self, turn: Turn, transfer: &Transfer, offset: u64) {
         // It did not overflow when the turn was taken.
         self.ranges().end_turn(turn, offset..offset.saturating_add(transfer.len() as u64));
-    }
-
-    fn is_fit(
-        &self,
-        offset: u64,
-        len: usize,
-        is_aligned: impl FnOnce(usize, usize) -> bool,
-    ) -> Option<()> {
-        let Alignment { memory, request } = self.alignment();
-        let fits = (0 < len && len <= MAX_TRANSFER)
-            && (request == 1
-                || (offset % u64::from(request) == 0
-                    && is_aligned(memory as usize, request as usize)));
-        fits.then_some(())
     }
 }

@@ -58,19 +58,11 @@ pub trait QueueEngine: Engine + 'static {
     /// Takes what has completed and wakes who waits for it.
     fn complete(&self) -> bool;
     /// Launches a transfer, if there is a ring and it can go as it is.
-    fn launch(
-        &self,
-        _storage: &Storage,
-        _transfer: &Transfer,
-        _at: u64,
-        _tag: usize,
-    ) -> Option<Turn> {
-        None
-    }
+    fn launch(&self, storage: &Storage, transfer: &Transfer, at: u64, tag: usize) -> Option<Turn>;
     /// Adds the launched transfers that are over since the last time.
-    fn landed(&self, _landed: &mut Vec<Landed>) {}
+    fn landed(&self, landed: &mut Vec<Landed>);
     /// Waits until a launched transfer is over, and forgets it.
-    fn see_landed(&self, _tag: usize) {}
+    fn see_landed(&self, tag: usize);
     /// Whether each completion signals the completion descriptor.
     fn set_eventfd_enabled(&self, enabled: bool);
     /// Submits, and waits until something has completed or the bell was rung.

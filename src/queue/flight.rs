@@ -2,9 +2,8 @@
 //! range lies in one place that was known when they started.
 
 use super::engine::QueueEngine;
-use super::request::{From, Into, Request, Work};
+use super::request::Request;
 use crate::error::Result;
-use crate::image::disk::Disk;
 use crate::image::known::{Begun, Place};
 use crate::io::range_lock::Turn;
 use crate::io::turns::Transfer;
@@ -16,24 +15,11 @@ pub struct Flight {
     turn: Turn,
 }
 
-/// What a request asks for, if that may fly: where on which disk.
-#[inline]
-fn transfer(request: &Request) -> Option<(&Disk, Transfer, u64)> {
-    let disk = request.disk.as_deref().ok()?;
-    match request.work {
-        Work::Read(Into::Guest(to), offset) => Some((disk, Transfer::Read(to), offset)),
-        Work::Write(From::Guest(from), offset, flags) if flags.are_plain() => {
-            Some((disk, Transfer::Write(from), offset))
-        }
-        _ => None,
-    }
-}
-
 impl Flight {
     /// Sends a request off with the number of its slot; `None`: it cannot go this way.
     #[inline]
     pub fn start<E: QueueEngine>(request: &Request, engine: &E, slot: usize) -> Option<Flight> {
-        let (disk, transfer, offset) = transfer(request)?;
+        let (disk, transfer, offset) = request.transfer()?;
         let begun = disk.begin();
         let len = transfer.len() as u64;
         let place = match transfer {
@@ -59,17 +45,22 @@ impl Flight {
     #[inline]
     pub fn land(self, request: &Request, result: i32) -> Option<Result<()>> {
         let Flight { begun, place, turn } = self;
-        let (disk, transfer, _) = transfer(request)?;
+        let (disk, transfer, _) = request.transfer()?;
         let storage = disk.storage(place)?;
-        storage.end_turn(turn, &transfer, place.at);
+        if !mutant!(TurnNotEnded) {
+            storage.end_turn(turn, &transfer, place.at);
+        }
         let ended = transfer.ended(storage, place.at, result);
         if matches!(ended, Some(Ok(()))) {
             match transfer {
                 Transfer::Read(to) => disk.requests.read(to.len() as u64),
+                Transfer::Write(_) if mutant!(FlightNotNoted) => {}
                 Transfer::Write(from) => disk.note_written(from.len() as u64),
             }
         }
-        disk.end(begun);
+        if !mutant!(FlightStaysInEpoch) {
+            disk.end(begun);
+        }
         ended
     }
 }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::image::disk::Disk;
 use crate::image::handle::{WriteFlags, ZeroFlags};
 use crate::io::engine::{Engine, Piece, Target};
+use crate::io::turns::Transfer;
 use crate::sys::buffer::Buffer;
 use crate::sys::memory::{GuestMut, GuestRef};
 
@@ -58,18 +59,38 @@ pub struct Outcome {
 }
 
 impl Request {
+    /// What it asks for, and where on which disk, if that is nothing but a transfer of
+    /// memory that stays where it is until the request is over.
+    #[inline]
+    pub fn transfer(&self) -> Option<(&Disk, Transfer, u64)> {
+        let disk = self.disk.as_deref().ok()?;
+        match &self.work {
+            Work::Read(to, offset) => {
+                let to = match to {
+                    Into::Guest(to) => Target::Guest(*to),
+                    Into::Owned(to) => Target::Block(to.block()?),
+                };
+                Some((disk, Transfer::Read(to), *offset))
+            }
+            Work::Write(from, offset, flags) if flags.are_plain() => {
+                let from = match from {
+                    From::Guest(from) => Piece::Guest(*from),
+                    From::Owned(from) => Piece::Block(from.block()?),
+                };
+                Some((disk, Transfer::Write(from), *offset))
+            }
+            _ => None,
+        }
+    }
+
     /// The common case, without a future: what is a copy of memory, or anything by an
     /// engine that does everything at once. `None`: nothing was done.
     #[inline]
     pub fn run_now<E: Engine>(&self, engine: &E) -> Option<Result<()>> {
-        match (&self.work, &self.disk) {
-            (Work::Read(Into::Guest(to), offset), Ok(disk)) => {
-                disk.read_now(engine, &Target::Guest(*to), *offset)
-            }
-            (Work::Write(From::Guest(from), offset, flags), Ok(disk)) if flags.are_plain() => {
-                disk.write_now(engine, &Piece::Guest(*from), *offset)
-            }
-            _ => None,
+        let (disk, transfer, offset) = self.transfer()?;
+        match transfer {
+            Transfer::Read(to) => disk.read_now(engine, &to, offset),
+            Transfer::Write(from) => disk.write_now(engine, &from, offset),
         }
     }
 

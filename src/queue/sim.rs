@@ -14,7 +14,11 @@ use super::slots::Completion;
 use crate::error::Result;
 use crate::image::disk::Disk;
 use crate::image::handle::{Image, WriteFlags, ZeroFlags};
+use crate::io::range_lock::Turn;
+use crate::io::ring::Landed;
 use crate::io::sim::{SimDisk, SimEngine, SimEvent, SimRing};
+use crate::io::storage::Storage;
+use crate::io::turns::Transfer;
 use crate::sys::buffer::Buffer;
 use crate::sys::file::SysResult;
 
@@ -57,6 +61,18 @@ impl QueueEngine for SimRing {
 
     fn complete(&self) -> bool {
         SimRing::complete(self)
+    }
+
+    fn launch(&self, storage: &Storage, transfer: &Transfer, at: u64, tag: usize) -> Option<Turn> {
+        SimRing::launch(self, storage, transfer, at, tag)
+    }
+
+    fn landed(&self, landed: &mut Vec<Landed>) {
+        SimRing::landed(self, landed);
+    }
+
+    fn see_landed(&self, tag: usize) {
+        SimRing::see_landed(self, tag);
     }
 
     fn set_eventfd_enabled(&self, enabled: bool) {

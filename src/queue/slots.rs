@@ -155,8 +155,8 @@ impl<E: QueueEngine> Slots<E> {
         // A panic here is one of a storage's callback.
         match catch_unwind(AssertUnwindSafe(|| request.run_now(&**engine))) {
             Ok(Some(result)) => {
-                slot.request = None;
-                self.complete(index, Outcome { result, buffer: None });
+                let buffer = slot.request.take().and_then(|request| request.work.into_buffer());
+                self.complete(index, Outcome { result, buffer });
                 return Ok(());
             }
             Ok(None) => {}
@@ -186,14 +186,16 @@ impl<E: QueueEngine> Slots<E> {
         engine.landed(&mut landed);
         let mut outcome = Ok(());
         for Landed { tag, result } in landed.drain(..) {
+            mutant!(LandingForgotten => continue);
             let Some(slot) = self.slots.get_mut(tag) else { continue };
             let (Some(flight), Some(request)) = (slot.flight.take(), &slot.request) else {
                 continue;
             };
             match flight.land(request, result) {
                 Some(result) => {
-                    slot.request = None;
-                    self.complete(tag, Outcome { result, buffer: None });
+                    let request = slot.request.take();
+                    let buffer = request.and_then(|request| request.work.into_buffer());
+                    self.complete(tag, Outcome { result, buffer });
                 }
                 None => outcome = outcome.and(self.serve(tag, engine)),
             }
@@ -258,7 +260,9 @@ impl<E: QueueEngine> Slots<E> {
             }
         }
         if let (Some(flight), Some(request)) = (slot.flight.take(), &slot.request) {
-            engine.see_landed(index);
+            if !mutant!(GivenUpInFlight) {
+                engine.see_landed(index);
+            }
             // How it ended is no news any more.
             flight.land(request, -libc::ECANCELED);
         }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::slice;
 
-use super::memory::Block;
+use super::memory::{Block, BlockSlice};
 use crate::error::Result;
 
 /// Bytes that go along with a request of a [`Queue`](crate::Queue) and come back with
@@ -30,7 +30,8 @@ pub struct Buffer(Memory);
 
 enum Memory {
     Bytes(Vec<u8>),
-    /// Not shared with anybody: no clone of the block is made.
+    /// Nobody touches a clone of the block but operations of a request that has the
+    /// whole buffer.
     Aligned(Block, usize),
 }
 
@@ -38,6 +39,15 @@ impl Buffer {
     /// `len` zero bytes at an address that O_DIRECT takes. `OutOfMemory`.
     pub fn aligned(len: usize) -> Result<Buffer> {
         Ok(Buffer(Memory::Aligned(Block::zeroed(len)?, len)))
+    }
+
+    /// The memory of an aligned one, for an operation that keeps it until it is over.
+    /// Whoever starts one has the whole buffer, and hands it back only then.
+    pub(crate) fn block(&self) -> Option<BlockSlice> {
+        match &self.0 {
+            Memory::Bytes(_) => None,
+            Memory::Aligned(block, len) => Some(block.slice(0, *len)),
+        }
     }
 }
 

@@ -217,6 +217,8 @@ impl Life<'_> {
         match closed {
             Ok(()) => self.oracle.borrow_mut().end_flush(begun),
             Err(error) if self.expected(&error) || error.kind() == ErrorKind::Cancelled => {
+                // Given up, but seen to its end.
+                i14_operations(&self.disk, true)?;
                 return self.crash(Crash::Process);
             }
             Err(error) => return Err(format!("closing: {error:?}").into()),

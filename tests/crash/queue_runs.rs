@@ -28,7 +28,7 @@ struct Thread<'a> {
 }
 
 /// Lets others go on.
-async fn give_way() {
+pub async fn give_way() {
     let mut gave_way = false;
     poll_fn(|context| {
         if std::mem::replace(&mut gave_way, true) {

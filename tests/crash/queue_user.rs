@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use qcow2rs::{Completion, ErrorKind, Image, Refused, SimQueue, WriteFlags, ZeroFlags};
+use qcow2rs::{Buffer, Completion, ErrorKind, Image, Refused, SimQueue, WriteFlags, ZeroFlags};
 
 use super::guest::Guest;
 use super::life::Life;
@@ -48,6 +48,16 @@ pub struct User<'a> {
 
 fn unexpected(what: &str, got: impl std::fmt::Debug) -> Result<(), String> {
     Err(format!("{what} gave {got:?}"))
+}
+
+/// A vector or an aligned buffer, which may go to the disk as it is, without a future.
+fn buffer(guest: &mut Guest<'_>, bytes: Vec<u8>) -> Buffer {
+    if guest.rng.chance(1, 3) {
+        return bytes.into();
+    }
+    let mut buffer = Buffer::aligned(bytes.len()).expect("there is memory");
+    buffer.copy_from_slice(&bytes);
+    buffer
 }
 
 impl<'a> User<'a> {
@@ -101,7 +111,7 @@ impl<'a> User<'a> {
                 match change {
                     Change::Write => {
                         let flags = WriteFlags { fua, ..WriteFlags::default() };
-                        queue.write(ticket.data(), offset, flags, number)
+                        queue.write(buffer(guest, ticket.data()), offset, flags, number)
                     }
                     Change::Zero => {
                         let flags = ZeroFlags { fua, may_unmap, no_fallback: false };
@@ -110,7 +120,9 @@ impl<'a> User<'a> {
                     Change::Discard => queue.discard(offset, len, number),
                 }
             }
-            Asked::Read { offset, len, .. } => queue.read(vec![0xee; *len], *offset, number),
+            Asked::Read { offset, len, .. } => {
+                queue.read(buffer(guest, vec![0xee; *len]), *offset, number)
+            }
             Asked::Flush { .. } => queue.flush(number),
         };
         match (accepted, self.is_full()) {

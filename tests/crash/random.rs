@@ -137,7 +137,8 @@ fn lazy() -> Vec<Config> {
 }
 
 fn with_queues() -> Vec<Config> {
-    configs().into_iter().map(|config| Config { queues: true, ..config }).collect()
+    let all = configs().into_iter().chain(direct().into_iter().step_by(3));
+    all.map(|config| Config { queues: true, ..config }).collect()
 }
 
 fn with_queues_and_faults() -> Vec<Config> {

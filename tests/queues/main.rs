@@ -8,6 +8,7 @@ mod support;
 
 mod behaviour;
 mod buffers;
+mod flights;
 mod mixed;
 mod model;
 mod panics;

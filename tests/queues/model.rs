@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use qcow2rs::{Completion, Engine, Image, OpenOptions, Policy, Queue, Source, WriteFlags};
+use qcow2rs::{Buffer, Completion, Engine, Image, OpenOptions, Policy, Queue, Source, WriteFlags};
 use qcow2rs::{ErrorKind, ZeroFlags};
 
 use crate::support::operations::{Backing, Case, Op, follow_read};
@@ -55,14 +55,28 @@ fn span(op: &Op) -> (u64, u64) {
     }
 }
 
+/// Of either kind.
+fn buffer(rng: &mut Rng, len: u64, byte: u8) -> Buffer {
+    let mut buffer = match rng.below(2) {
+        0 => vec![0; len as usize].into(),
+        _ => Buffer::aligned(len as usize).unwrap(),
+    };
+    buffer.fill(byte);
+    buffer
+}
+
 impl Run<'_> {
     fn submit(&mut self, op: Op, number: u64) {
         let queue = self.queue;
         match op {
-            Op::Read { at, len } => queue.read(vec![0xee; len as usize], at, number).unwrap(),
+            Op::Read { at, len } => {
+                let buffer = buffer(&mut self.rng, len, 0xee);
+                queue.read(buffer, at, number).unwrap();
+            }
             Op::Write { at, len, byte } => {
                 let flags = WriteFlags { fua: self.rng.below(20) == 0, ..Default::default() };
-                queue.write(vec![byte; len as usize], at, flags, number).unwrap();
+                let buffer = buffer(&mut self.rng, len, byte);
+                queue.write(buffer, at, flags, number).unwrap();
             }
             Op::Compress { at, len, byte } => {
                 let flags = WriteFlags { compressed: true, ..Default::default() };

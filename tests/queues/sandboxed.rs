@@ -14,7 +14,7 @@ use crate::support::Scratch;
 const FEW: &str = "QCOW2RS_FEW_DESCRIPTORS";
 
 /// Runs tests of this file's program after `prepare` in the new process.
-fn run(tests: &[&str], env: &[(&str, &str)], prepare: fn() -> io::Result<()>) {
+pub fn run(tests: &[&str], env: &[(&str, &str)], prepare: fn() -> io::Result<()>) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(tests).args(["--test-threads", "2"]).envs(env.iter().copied());
     // SAFETY: `prepare` only makes system calls.
@@ -56,7 +56,11 @@ fn without_io_uring_everything_works_all_the_same() {
     if std::env::var("QCOW2RS_NO_IO_URING").is_ok() {
         return;
     }
-    run(&["behaviour", "mixed", "model"], &[("QCOW2RS_NO_IO_URING", "1")], forbid_io_uring);
+    run(
+        &["behaviour", "flights", "mixed", "model"],
+        &[("QCOW2RS_NO_IO_URING", "1")],
+        forbid_io_uring,
+    );
 }
 
 /// Set in the process that may not lock memory.

@@ -14,11 +14,36 @@ use crate::io::storage::{Backend, Storage};
 use crate::sys::file::SysResult;
 use crate::sys::uring::Call;
 
-/// The memory of an operation.
-enum Memory<'a> {
+/// The memory of an operation, without the first bytes, which were done before.
+pub(super) enum Memory<'a> {
     None,
     Fill(&'a Target<'a>, usize),
     Take(&'a [Piece<'a>], usize),
+}
+
+impl Slot {
+    /// Describes the memory for the kernel, and keeps buffers of ours.
+    #[inline]
+    pub(super) fn take(&mut self, memory: &Memory<'_>) {
+        let Slot { vectors, kept, .. } = self;
+        match *memory {
+            Memory::None => {}
+            Memory::Fill(Target::Guest(guest), done) => {
+                vectors.fill(guest.sub(done, guest.len() - done));
+            }
+            Memory::Fill(Target::Block(block), done) => {
+                vectors.fill(block.guest_mut().sub(done, block.len() - done));
+                kept.push(block.clone());
+            }
+            Memory::Take(pieces, done) => {
+                vectors.take(pieces.iter().map(Piece::bytes), done);
+                kept.extend(pieces.iter().filter_map(|piece| match piece {
+                    Piece::Block(block) => Some(block.clone()),
+                    Piece::Guest(_) | Piece::Zeroes(_) => None,
+                }));
+            }
+        }
+    }
 }
 
 /// An operation under way: in a slot until it has completed.
@@ -40,32 +65,14 @@ impl Flight<'_> {
     fn begin(&mut self, fd: BorrowedFd<'_>, call: Call, memory: &Memory<'_>) -> SysResult<()> {
         let Some(mut state) = self.engine.state() else { return Err(libc::ENOSYS) };
         let index = state.slot();
-        let Slot { vectors, kept, .. } = &mut state.slots[index];
-        match *memory {
-            Memory::None => {}
-            Memory::Fill(Target::Guest(guest), done) => {
-                vectors.fill(guest.sub(done, guest.len() - done));
-            }
-            Memory::Fill(Target::Block(block), done) => {
-                vectors.fill(block.guest_mut().sub(done, block.len() - done));
-                kept.push(block.clone());
-            }
-            Memory::Take(pieces, done) => {
-                vectors.take(pieces.iter().map(Piece::bytes), done);
-                kept.extend(pieces.iter().filter_map(|piece| match piece {
-                    Piece::Block(block) => Some(block.clone()),
-                    Piece::Guest(_) | Piece::Zeroes(_) => None,
-                }));
-            }
-        }
+        state.slots[index].take(memory);
         match state.push(fd, call, index) {
             Ok(()) => {
                 self.slot = Some(index);
                 Ok(())
             }
             Err(errno) => {
-                state.slots[index].kept.clear();
-                state.free.push(index);
+                state.give_back(index);
                 Err(errno)
             }
         }

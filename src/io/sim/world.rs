@@ -369,6 +369,14 @@ impl World {
         op.state = State::Completed(result);
     }
 
+    /// What an operation that has completed has read, or its errno.
+    pub(super) fn take_result(&mut self, id: OpId) -> Result<Vec<u8>, i32> {
+        match self.ops.remove(&id) {
+            Some(Op { state: State::Completed(result), bytes, .. }) => result.map(|()| bytes),
+            _ => panic!("operation {id} is asked for though it has not completed"),
+        }
+    }
+
     /// The future of an operation was dropped. As a real engine would, this
     /// cancels it or waits for it: it may have happened, in part or not at all.
     pub(super) fn abandon(&mut self, id: OpId) {

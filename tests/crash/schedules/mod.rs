@@ -10,6 +10,7 @@ mod cancel;
 mod compressing;
 mod durability;
 mod exhaustion;
+mod flights;
 mod growth;
 mod handles;
 mod lazy;

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 
 use qcow2rs::image::Disk;
 use qcow2rs::io::engine::{Piece, Target};
@@ -37,7 +38,7 @@ pub enum Before {
 pub struct Scene {
     pub disk: SimDisk,
     pub oracle: RefCell<Oracle>,
-    pub image: Disk,
+    pub image: Arc<Disk>,
     scenario: Scenario,
     rng: RefCell<Rng>,
 }
@@ -125,6 +126,7 @@ impl Scene {
     /// Opens the image of a disk on which the oracle knows what to find.
     pub fn on(config: &Config, seed: u64, disk: SimDisk, oracle: Oracle, rng: Rng) -> Scene {
         let image = disk.block_on(open(&disk, config)).expect("the image can be opened");
+        let image = Arc::new(image);
         let scenario = Scenario::new(config.clone(), seed);
         Scene { disk, oracle: RefCell::new(oracle), image, scenario, rng: RefCell::new(rng) }
     }
