@@ -153,9 +153,22 @@ impl RingEngine {
     /// the time is over; EINTR: a signal came; both may be told as `Ok`. EAGAIN and
     /// EBUSY: to be tried again when completions have been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> SysResult<()> {
+        self.wait_unless(timeout, State::has_completions)
+    }
+
+    /// Waits for the kernel, for those who want nothing else.
+    fn wait_for_kernel(&self) -> SysResult<()> {
+        self.wait_unless(None, |state| state.ring.has_completions())
+    }
+
+    fn wait_unless(
+        &self,
+        timeout: Option<Duration>,
+        over: impl FnOnce(&mut State) -> bool,
+    ) -> SysResult<()> {
         let Some(mut state) = self.state() else { return Ok(()) };
         state.watch_bell();
-        if state.has_completions() {
+        if over(&mut state) {
             return state.submit().map(|_| ());
         }
         state.ring.wait(timeout)
@@ -212,7 +225,7 @@ impl RingEngine {
             drop(state);
             if !self.complete() {
                 // Not to be given up, whatever it says: the memory is in use.
-                let _ = self.wait(None);
+                let _ = self.wait_for_kernel();
             }
         }
     }

@@ -114,7 +114,7 @@ impl Drop for Flight<'_> {
             drop(state);
             if !self.engine.complete() {
                 // Not to be given up, whatever it says: the memory is in use.
-                let _ = self.engine.wait(None);
+                let _ = self.engine.wait_for_kernel();
             }
         }
     }
