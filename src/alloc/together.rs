@@ -171,6 +171,39 @@ impl Allocator {
         Ok(())
     }
 
+    /// The number of the last cluster that is in use, plus one. Nothing may be taken ahead.
+    pub async fn clusters_used<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<u64> {
+        let per_block = self.refcounts.per_block();
+        for index in (0..self.refcounts.table().entries.len() as u64).rev() {
+            if self.refcounts.block(index)?.is_none() {
+                continue;
+            }
+            let (mut at, end) = (index * per_block, (index + 1) * per_block);
+            let mut used = 0;
+            while at < end {
+                let Some(place) = self.refcounts.place(at)? else { break };
+                let last = self
+                    .refcounts
+                    .look(engine, storage, place.key, |words| {
+                        (place.index..place.count).rev().find(|&index| {
+                            let word =
+                                |n: usize| words.get(n).map_or(0, |w| w.load(Ordering::Relaxed));
+                            self.refcounts.get_in(index, word) != 0
+                        })
+                    })
+                    .await?;
+                if let Some(last) = last {
+                    used = at + (last - place.index) + 1;
+                }
+                at += place.count - place.index;
+            }
+            if used > 0 {
+                return Ok(used);
+            }
+        }
+        Ok(0)
+    }
+
     /// The clusters of a table at `offset`, of so many bytes.
     pub fn clusters_of(&self, offset: u64, bytes: u64) -> Range<u64> {
         let first = offset >> self.geometry.cluster_bits;
