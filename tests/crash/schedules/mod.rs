@@ -14,6 +14,7 @@ mod growth;
 mod handles;
 mod lazy;
 mod races;
+mod resize;
 mod reuse;
 mod snapshots;
 mod syncs;
