@@ -14,10 +14,7 @@ static int resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t flags)
 
 static void check_size(struct qcow2rs_image *img, uint64_t expected)
 {
-    uint64_t size = 0;
-
-    CHECK_OK(qcow2rs_get_size(img, &size));
-    CHECK_EQ(size, expected);
+    CHECK_EQ(qcow2rs_get_size(img), expected);
 }
 
 /* ---------------------------------------------------------- longer, shorter */
