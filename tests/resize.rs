@@ -285,6 +285,11 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     assert_eq!(kind(1 << 19, &both), ErrorKind::InvalidArgument);
     assert_eq!(kind((128 << 30) + 512, &plain), ErrorKind::Os(libc::EFBIG));
     assert_eq!(kind(u64::MAX / 512 * 512, &plain), ErrorKind::Os(libc::EFBIG));
+    // The disk may be so large, its data may not.
+    let length = std::fs::metadata(&path).unwrap().len();
+    let metadata = with(Preallocation::Metadata);
+    assert_eq!(kind(128 << 30, &metadata), ErrorKind::Os(libc::EFBIG));
+    assert!(std::fs::metadata(&path).unwrap().len() <= length);
     image.resize(1 << 20, &plain, &mut |_, _| true).unwrap();
     let mut calls = Vec::new();
     let error = image.resize(2 << 20, &with(Preallocation::Full), &mut |done, total| {
