@@ -602,7 +602,7 @@ int qcow2rs_create_opts_set_backing(struct qcow2rs_create_opts *o,
 
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
- * compression_type (zlib|zstd), preallocation (off).
+ * compression_type (zlib|zstd), preallocation (off|metadata|falloc|full).
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */
@@ -683,6 +683,31 @@ int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
                   struct qcow2rs_check_result *result, size_t result_size,
                   qcow2rs_finding_fn finding, qcow2rs_progress_fn progress,
                   void *opaque);
+
+/* ------------------------------------------------------------------- Resize */
+
+#define QCOW2RS_RESIZE_SHRINK 1u     /* The disk may become shorter, and lose
+                                        data. */
+#define QCOW2RS_PREALLOC_OFF 0u      /* Nothing is taken ahead. */
+#define QCOW2RS_PREALLOC_METADATA 1u /* Tables, and a place for all data in a
+                                        file with holes. */
+#define QCOW2RS_PREALLOC_FALLOC 2u   /* Also, the space is reserved. */
+#define QCOW2RS_PREALLOC_FULL 3u     /* Also, zeroes are written. */
+
+/* [EXCL] Gives the disk another size, a multiple of 512 bytes.  A new part
+ * reads as zero, whatever is below; prealloc: QCOW2RS_PREALLOC_*, for it alone.
+ * flags: QCOW2RS_RESIZE_SHRINK, required to lose data: what lies behind the
+ * new end is gone.  progress may be NULL; it can cancel preallocation.
+ * -EINVAL: not a multiple of 512; a shorter disk without the flag, or with
+ * prealloc.  -EFBIG: more than an image of this geometry, or (QCOW2RS_E_LIMIT)
+ * "max-virtual-size" or "max-metadata-size", allows.  -EBUSY: other calls, or
+ * requests of queues, are in progress.  -ENOSPC.  -EROFS.  -ECANCELED.
+ * -ENOTSUP: a version 2 image with snapshots or, to grow, with a backing file
+ * that is longer than the disk; an image with bitmaps; a device, or metadata,
+ * of a RAW image.  After any of these the image is as it was; after -EIO
+ * its size tells what has happened. */
+int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
+                   uint32_t flags, qcow2rs_progress_fn progress, void *opaque);
 
 /* ------------------------------------------------------- Internal snapshots */
 

@@ -36,7 +36,7 @@
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
 //! | `snapshots` | internal snapshots: list, create, apply, delete, rename, open |
 //! | `queue` | asynchronous requests on an image, driven by their caller |
-//! | `admin` | create, measure, probe, check |
+//! | `admin` | create, measure, probe, check, resize |
 //! | `capi` | the C API |
 #![deny(unsafe_code)]
 
@@ -85,6 +85,8 @@ pub mod capi;
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };
+pub use admin::preallocation::Preallocation;
+pub use admin::resize::ResizeOptions;
 pub use check::{CheckResult, Finding, Observer, Severity};
 pub use error::{Error, ErrorKind, Result};
 pub use format::compression::Compression;

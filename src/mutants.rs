@@ -205,6 +205,19 @@ define! {
     /// After a failure half way, refcounts and flags are left as they are.
     SnapshotNotMended,
 
+    // Another size.
+    /// What the last cluster has behind the end of the disk shows when the disk grows.
+    ResizeShowsRest,
+    /// Refcounts of new tables are written after the header names them.
+    ResizeCountedLate,
+    /// What a shorter disk cuts off is freed before the header says that it is shorter.
+    ResizeFreedEarly,
+    /// Entries behind a new end are cleared before the header says that it is the end.
+    ResizeCutEarly,
+    /// What entries behind the end led to is freed before it is durable that they are
+    /// cleared.
+    ResizeCutNotSynced,
+
     // What a request does.
     /// Subclusters are allocated in the entry before their data is written.
     AllocatedBeforeData,

@@ -75,7 +75,14 @@ fn qemu_sees_what_it_would_have_made_itself() {
 
 #[test]
 fn measure_agrees_with_qemu() {
-    for set in matrix() {
+    let mut all = matrix();
+    for mode in ["metadata", "falloc", "full"] {
+        for size in ["0", "100000", "3G"] {
+            all.push(vec![("size", size), ("preallocation", mode)]);
+            all.push(vec![("size", size), ("preallocation", mode), ("extended_l2", "on")]);
+        }
+    }
+    for set in all {
         let (required, full) = qcow2rs::measure(&options(&set)).unwrap();
         let (_, size) = set[0];
         let list: Vec<String> =
@@ -89,6 +96,96 @@ fn measure_agrees_with_qemu() {
         assert_eq!(theirs["required"], required, "{size} {list}");
         assert_eq!(theirs["fully-allocated"], full, "{size} {list}");
     }
+}
+
+#[test]
+fn what_is_preallocated_is_what_qemu_preallocates() {
+    let scratch = Scratch::new();
+    let (ours, theirs) = (scratch.path("ours.qcow2"), scratch.path("theirs.qcow2"));
+    std::fs::write(scratch.path("base"), vec![7; 300_000]).unwrap();
+    let kinds: &[&[(&str, &str)]] = &[
+        &[("cluster_size", "512")],
+        &[("cluster_size", "512"), ("compat", "0.10")],
+        &[("cluster_size", "4k"), ("refcount_bits", "1")],
+        &[("cluster_size", "64k"), ("refcount_bits", "64")],
+        &[("cluster_size", "16k"), ("extended_l2", "on")],
+        &[("cluster_size", "64k"), ("extended_l2", "on"), ("backing", "base")],
+        &[("cluster_size", "2M")],
+    ];
+    for kind in kinds {
+        for size in ["0", "512", "100000", "3M"] {
+            for mode in ["metadata", "falloc", "full"] {
+                let mut set = vec![("size", size), ("preallocation", mode)];
+                set.extend(kind.iter().filter(|(name, _)| *name != "backing"));
+                let mut create = options(&set);
+                let list: Vec<String> =
+                    set.iter().map(|(name, value)| format!("{name}={value}")).collect();
+                let mut list = list.join(",");
+                if kind.last().unwrap().0 == "backing" {
+                    create.backing = Some((b"base".to_vec(), Format::Raw));
+                    list += ",backing_file=base,backing_fmt=raw";
+                }
+                qcow2rs::create_path(&ours, false, &create, &OpenOptions::new()).unwrap();
+                qemu_ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &list, text(&theirs)]);
+                assert_eq!(info(&ours), info(&theirs), "{list}");
+                qemu_img_check(&ours);
+                support::qemu_img_compare(&ours, "qcow2", &theirs, "qcow2");
+                let found = [&ours, &theirs].map(|path| std::fs::metadata(path).unwrap());
+                let [(length, space), (their_length, their_space)] = found
+                    .map(|data| (data.len(), std::os::unix::fs::MetadataExt::blocks(&data) * 512));
+                // Not more than a few tables apart.
+                let few = 4 * create.cluster_size + 65536;
+                assert!(length.abs_diff(their_length) <= few, "{list}: {length}, {their_length}");
+                assert!(space <= their_space + few, "{list}: {space}, {their_space}");
+                if mode != "metadata" {
+                    // Tables among the holes would take whole blocks of the host.
+                    assert!(their_space <= space + few, "{list}: {space}, {their_space}");
+                }
+                let image = Image::open(
+                    Source::path(&ours),
+                    &OpenOptions::new().policy(Policy::Paths).writable(true),
+                )
+                .unwrap();
+                let size = image.size();
+                let mut data = vec![9; size as usize];
+                image.read_at(&mut data, 0).unwrap();
+                let below = if create.backing.is_some() { 300_000.min(data.len()) } else { 0 };
+                assert!(data[..below].iter().all(|byte| *byte == 7), "{list}");
+                assert!(data[below..].iter().all(|byte| *byte == 0), "{list}");
+                if size > 0 {
+                    // It is written in place: the file does not grow.
+                    let run = vec![3; size as usize];
+                    image.write_at(&run, 0, Default::default()).unwrap();
+                    image.close().unwrap();
+                    assert_eq!(std::fs::metadata(&ours).unwrap().len(), length, "{list}");
+                    qemu_img_check(&ours);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn preallocation_over_a_backing_file_needs_subclusters() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    let mut plain = options(&[("size", "1M"), ("preallocation", "metadata")]);
+    plain.backing = Some((b"base".to_vec(), Format::Raw));
+    let refused = qcow2rs::create_path(&path, false, &plain, &OpenOptions::new());
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert!(!path.exists());
+}
+
+#[test]
+fn what_is_preallocated_over_old_data_reads_as_zero() {
+    // No length can be set, no hole be made: zeroes are written.
+    let disk = MemoryDisk::with_hook(&[0xff; 1 << 20], |_| Ok(())).without_truncate();
+    let set = options(&[("size", "256k"), ("cluster_size", "4k"), ("preallocation", "metadata")]);
+    qcow2rs::create(disk.source(), &set, &OpenOptions::new()).unwrap();
+    let image = Image::open(disk.source(), &OpenOptions::new()).unwrap();
+    let mut data = vec![9; 256 << 10];
+    image.read_at(&mut data, 0).unwrap();
+    assert!(data.iter().all(|byte| *byte == 0));
 }
 
 #[test]

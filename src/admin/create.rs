@@ -7,13 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::layout::{Layout, fully_allocated, layout};
+use super::preallocation::{Filling, Preallocation};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fallible;
 use crate::format::compression::Compression;
 use crate::format::extensions::Extensions;
 use crate::format::header::{BackingRef, Header, MAGIC, compatible, incompatible};
+use crate::format::l2::{COPIED, L2Format};
 use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
 use crate::format::refcount::RefcountWidth;
-use crate::geometry::{Geometry, SUBCLUSTERS};
+use crate::geometry::{Geometry, HostOffset, SUBCLUSTERS};
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
 use crate::image::open::{access, check_new};
@@ -48,6 +51,9 @@ pub struct CreateOptions {
     pub compression: Compression,
     /// The image below, as it is written into the header, and its format.
     pub backing: Option<(Vec<u8>, Format)>,
+    /// What is taken ahead for data. With a backing file it needs extended L2 entries:
+    /// others could not leave what is below visible.
+    pub preallocation: Preallocation,
 }
 
 impl Default for CreateOptions {
@@ -61,6 +67,7 @@ impl Default for CreateOptions {
             lazy_refcounts: false,
             compression: Compression::Zlib,
             backing: None,
+            preallocation: Preallocation::Off,
         }
     }
 }
@@ -95,6 +102,12 @@ impl CreateOptions {
         }
         if self.backing.as_ref().is_some_and(|(name, _)| name.is_empty()) {
             return Err(Error::invalid("the name of the backing file is empty"));
+        }
+        let preallocated = self.preallocation != Preallocation::Off;
+        if preallocated && self.backing.is_some() && !self.extended_l2 {
+            return Err(Error::invalid(
+                "preallocation over a backing file needs extended L2 entries (extended_l2=on)",
+            ));
         }
         Ok(Geometry { cluster_bits: size.ilog2(), extended_l2: self.extended_l2 })
     }
@@ -186,14 +199,16 @@ struct Plan {
     layout: Layout,
     header: Header,
     first_bytes: Vec<u8>,
+    preallocation: Preallocation,
 }
 
 fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
     let (geometry, width) = (options.geometry()?, options.width()?);
-    let layout = layout(geometry, width, size)?;
+    let preallocation = options.preallocation;
+    let layout = layout(geometry, width, size, preallocation != Preallocation::Off)?;
     let header = options.header(geometry, &layout, size);
     let first_bytes = header.to_bytes()?;
-    Ok(Plan { width, layout, header, first_bytes })
+    Ok(Plan { width, layout, header, first_bytes, preallocation })
 }
 
 /// The size of the disk, from the options or the backing file.
@@ -337,7 +352,7 @@ pub fn create_path_open(
 /// Writes a new image. Whatever was there is no image any more before the first
 /// table is written, and is one again with the last write.
 async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<()> {
-    let Plan { width, layout, header, first_bytes } = plan;
+    let Plan { width, layout, header, first_bytes, .. } = plan;
     let geometry = header.geometry;
     let cluster = geometry.cluster_size();
     match storage.truncate(engine, 0).await {
@@ -350,7 +365,10 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         storage.sync(engine).await?;
     }
     // A table of any size, and nothing after it but the next one.
-    let end = (layout.l1_at() << geometry.cluster_bits) + layout.l1_entries * 8;
+    let end = match layout.l2 {
+        0 => (layout.l1_at() << geometry.cluster_bits) + layout.l1_entries * 8,
+        _ => layout.used << geometry.cluster_bits,
+    };
     match storage.truncate(engine, end).await {
         Ok(()) if storage.capacity().is_none() => {}
         Ok(()) => zero_tables(engine, storage, cluster, end).await?,
@@ -373,9 +391,36 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         write_at(engine, storage, &counts, (layout.blocks_at() + n) << geometry.cluster_bits)
             .await?;
     }
+    if layout.l2 > 0 {
+        preallocate(engine, storage, plan).await?;
+    }
     storage.sync(engine).await?;
     write_at(engine, storage, first_bytes, 0).await?;
     storage.sync(engine).await
+}
+
+/// Gives each guest cluster its host cluster: the L1 table, L2 tables, and data. All is
+/// zero before.
+async fn preallocate<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<()> {
+    let Plan { layout, header, .. } = plan;
+    let geometry = header.geometry;
+    let bits = geometry.cluster_bits;
+    let format = L2Format { geometry, version: header.version };
+    let data = HostOffset::new(layout.data_at() << bits);
+    let filling = Filling { format, data, hide: false };
+    let per_table = geometry.l2_coverage() >> bits;
+    let tables =
+        (0..layout.l2).flat_map(|n| (((layout.l2_at() + n) << bits) | COPIED).to_be_bytes());
+    let l1 = fallible::collect(layout.l2 as usize * 8, tables)?;
+    write_at(engine, storage, &l1, header.l1_offset).await?;
+    for n in 0..layout.l2 {
+        let first = n * per_table;
+        let entries = filling.entries(first, per_table.min(layout.data - first))?;
+        write_at(engine, storage, &entries, (layout.l2_at() + n) << bits).await?;
+    }
+    let bytes = layout.data_at() << bits..layout.used << bits;
+    let fresh = bytes.start;
+    plan.preallocation.prepare(engine, storage, bytes, fresh, &mut |_, _| true).await
 }
 
 /// Zeroes what lies between the header and `end`, where the storage may hold
@@ -406,8 +451,11 @@ pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
     let below = open_below(options, &OpenOptions::default(), None, false)?;
     let size = size(options, below.as_ref())?;
     let (geometry, width) = (options.geometry()?, options.width()?);
-    layout(geometry, width, size)?;
+    layout(geometry, width, size, false)?;
     let full = fully_allocated(geometry, width, size);
+    if options.preallocation.takes_space() {
+        return Ok((full, full));
+    }
     let data = geometry.clusters_for(size) << geometry.cluster_bits;
     Ok((full - data, full))
 }

@@ -1,12 +1,13 @@
 //! How large the tables of an image are, and where a new one has them. Pure.
 
 use crate::error::{Error, Result};
-use crate::format::limits::{MAX_L1_BYTES, max_virtual_size};
+use crate::format::limits::{MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES, max_virtual_size};
 use crate::format::refcount::RefcountWidth;
 use crate::geometry::Geometry;
 
-/// Where a new image, without any data, has its tables; in clusters. The header
-/// is cluster 0, then come the refcount table, the refcount blocks, the L1 table.
+/// Where a new image has its tables; in clusters. The header is cluster 0, then come the
+/// refcount table, the refcount blocks, the L1 table; then, where data is preallocated,
+/// the L2 tables and the data.
 pub struct Layout {
     /// Clusters of the refcount table, which begins at cluster 1.
     pub reftable: u64,
@@ -14,6 +15,12 @@ pub struct Layout {
     pub blocks: u64,
     /// Entries of the L1 table, which begins behind the blocks.
     pub l1_entries: u64,
+    /// Clusters of the L1 table.
+    l1: u64,
+    /// L2 tables, behind it, where data is preallocated.
+    pub l2: u64,
+    /// Clusters of that data, behind them.
+    pub data: u64,
     /// All clusters in use.
     pub used: u64,
 }
@@ -28,11 +35,21 @@ impl Layout {
     pub fn l1_at(&self) -> u64 {
         1 + self.reftable + self.blocks
     }
+
+    /// First cluster of the L2 tables.
+    pub fn l2_at(&self) -> u64 {
+        self.l1_at() + self.l1
+    }
+
+    /// First cluster of the data.
+    pub fn data_at(&self) -> u64 {
+        self.l2_at() + self.l2
+    }
 }
 
-/// The layout for a disk of `size` bytes; `InvalidArgument` where no image of
-/// this geometry can be that large.
-pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64) -> Result<Layout> {
+/// The layout for a disk of `size` bytes, with or without a place for its data;
+/// `InvalidArgument` where no image of this geometry can be that large.
+pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, data: bool) -> Result<Layout> {
     let l1_entries = size.div_ceil(geometry.l2_coverage());
     if size > max_virtual_size(geometry) || l1_entries * 8 > MAX_L1_BYTES {
         return Err(Error::invalid(format!(
@@ -43,9 +60,21 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64) -> Result<Lay
             max_virtual_size(geometry)
         )));
     }
-    let l1_clusters = geometry.clusters_for(l1_entries * 8);
-    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1_clusters);
-    Ok(Layout { reftable, blocks, l1_entries, used: 1 + reftable + blocks + l1_clusters })
+    let l1 = geometry.clusters_for(l1_entries * 8);
+    let (l2, data) = if data { (l1_entries, geometry.clusters_for(size)) } else { (0, 0) };
+    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1 + l2 + data);
+    let used = 1 + reftable + blocks + l1 + l2 + data;
+    if reftable << geometry.cluster_bits > MAX_REFTABLE_BYTES
+        || used > MAX_HOST_OFFSET >> geometry.cluster_bits
+    {
+        return Err(Error::invalid(format!(
+            "the data of a disk of {size} bytes is more than refcounts of {} bits can count with \
+             clusters of {} bytes",
+            width.bits(),
+            geometry.cluster_size()
+        )));
+    }
+    Ok(Layout { reftable, blocks, l1_entries, l1, l2, data, used })
 }
 
 /// Refcount blocks, and clusters of the table that names them, which it takes to
@@ -87,7 +116,7 @@ mod tests {
     #[test]
     fn a_small_image_has_one_cluster_of_each() {
         let width = RefcountWidth::new(4).unwrap();
-        let layout = layout(geometry(16), width, 1 << 20).unwrap();
+        let layout = layout(geometry(16), width, 1 << 20, false).unwrap();
         assert_eq!((layout.reftable, layout.blocks, layout.l1_entries), (1, 1, 1));
         assert_eq!((layout.l1_at(), layout.used), (3, 4));
     }
@@ -98,11 +127,11 @@ mod tests {
             for order in 0..=6 {
                 let (geometry, width) = (geometry(bits), RefcountWidth::new(order).unwrap());
                 for size in [0, 1, 1 << 20, max_virtual_size(geometry)] {
-                    let layout = layout(geometry, width, size).unwrap();
+                    let layout = layout(geometry, width, size, false).unwrap();
                     assert!(layout.blocks * width.entries_per(1 << bits) >= layout.used);
                     assert!(layout.reftable << bits >= layout.blocks * 8);
                 }
-                assert!(layout(geometry, width, max_virtual_size(geometry) + 512).is_err());
+                assert!(layout(geometry, width, max_virtual_size(geometry) + 512, false).is_err());
             }
         }
     }

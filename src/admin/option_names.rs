@@ -2,6 +2,7 @@
 //! value may be is decided here; what goes together, by create.
 
 use super::create::CreateOptions;
+use super::preallocation::Preallocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compression::Compression;
 use crate::image::option_values::{bad_value, number, size, switch};
@@ -18,7 +19,7 @@ impl CreateOptions {
     /// | refcount_bits | number | a power of two up to 64 |
     /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash |
     /// | compression_type | zlib, zstd | of compressed clusters |
-    /// | preallocation | off | |
+    /// | preallocation | off, metadata, falloc, full | what is taken ahead for data |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value;
     /// `NotSupported`: an option or value of QEMU's that this build does not
@@ -36,11 +37,10 @@ impl CreateOptions {
                 "zstd" => self.compression = Compression::Zstd,
                 _ => return Err(bad_value(name, value, "it is zlib or zstd")),
             },
-            "preallocation" => match value {
-                "off" => {}
-                "metadata" | "falloc" | "full" => return Err(unsupported(name, value)),
-                _ => return Err(bad_value(name, value, "it is off, metadata, falloc or full")),
-            },
+            "preallocation" => {
+                let bad = || bad_value(name, value, "it is off, metadata, falloc or full");
+                self.preallocation = Preallocation::from_name(value).ok_or_else(bad)?;
+            }
             "data_file_raw" | "encryption" => {
                 if switch(name, value)? {
                     return Err(unsupported(name, value));
@@ -118,7 +118,7 @@ mod tests {
             ("refcount_bits", "64"),
             ("lazy_refcounts", "on"),
             ("compression_type", "zstd"),
-            ("preallocation", "off"),
+            ("preallocation", "falloc"),
             ("data_file_raw", "off"),
         ] {
             options.set(name, value).unwrap();
@@ -127,6 +127,7 @@ mod tests {
         assert_eq!((options.version, options.cluster_size), (2, 2 << 20));
         assert_eq!((options.extended_l2, options.lazy_refcounts), (true, true));
         assert_eq!((options.refcount_bits, options.compression), (64, Compression::Zstd));
+        assert_eq!(options.preallocation, Preallocation::Falloc);
         options.set("compression_type", "zlib").unwrap();
         assert_eq!(options.compression, Compression::Zlib);
         options.set("compat", "v3").unwrap();
@@ -155,12 +156,9 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
-        for (name, value) in [
-            ("preallocation", "full"),
-            ("data_file_raw", "on"),
-            ("encrypt.format", "luks"),
-            ("backing_file", "base"),
-        ] {
+        for (name, value) in
+            [("data_file_raw", "on"), ("encrypt.format", "luks"), ("backing_file", "base")]
+        {
             assert_eq!(kind(name, value), ErrorKind::NotSupported, "{name}={value}");
         }
     }

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 
 use super::allocator::Allocator;
 use super::overlap::Metadata;
-use crate::error::Result;
-use crate::format::limits::MAX_HOST_OFFSET;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::limits::{MAX_HOST_OFFSET, MAX_REFTABLE_BYTES};
 use crate::geometry::HostOffset;
 use crate::io::engine::{Engine, Piece};
 use crate::io::storage::Storage;
@@ -31,6 +31,11 @@ impl Allocator {
                 return Ok(clusters);
             }
             self.check_room(storage, clusters.end - 1)?;
+            // Before anything is made for them.
+            if clusters.end.div_ceil(self.refcounts.per_block()) > MAX_REFTABLE_BYTES / 8 {
+                let text = format!("{} has no refcounts for {count} clusters", storage.name());
+                return Err(Error::new(ErrorKind::Os(libc::EFBIG), text));
+            }
             if let Some(index) = self.first_without_block(&clusters)? {
                 drop(one_at_a_time);
                 self.add_block_elsewhere(engine, storage, index).await?;
@@ -169,6 +174,40 @@ impl Allocator {
         self.refcounts.lower(engine, storage, clusters.clone()).await?;
         self.note_free(clusters.start);
         Ok(())
+    }
+
+    /// The number of the last cluster that is in use, plus one. Nothing may be taken ahead.
+    pub async fn clusters_used<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<u64> {
+        let per_block = self.refcounts.per_block();
+        let entries = self.refcounts.table().entries.len() as u64;
+        for index in (0..entries).rev() {
+            if self.refcounts.block(index)?.is_none() {
+                continue;
+            }
+            let (mut at, end) = (index * per_block, (index + 1) * per_block);
+            let mut used = 0;
+            while at < end {
+                let Some(place) = self.refcounts.place(at)? else { break };
+                let last = self
+                    .refcounts
+                    .look(engine, storage, place.key, |words| {
+                        (place.index..place.count).rev().find(|&index| {
+                            let word =
+                                |n: usize| words.get(n).map_or(0, |w| w.load(Ordering::Relaxed));
+                            self.refcounts.get_in(index, word) != 0
+                        })
+                    })
+                    .await?;
+                if let Some(last) = last {
+                    used = at + (last - place.index) + 1;
+                }
+                at += place.count - place.index;
+            }
+            if used > 0 {
+                return Ok(used);
+            }
+        }
+        Ok(0)
     }
 
     /// The clusters of a table at `offset`, of so many bytes.

@@ -88,7 +88,7 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_backing(
 
 /// [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
 /// (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
-/// compression_type (zlib|zstd), preallocation (off).
+/// compression_type (zlib|zstd), preallocation (off|metadata|falloc|full).
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
 /// of QEMU's that this build does not have.  What goes together is checked by
 /// create.

@@ -62,6 +62,9 @@ pub use create::*;
 mod check;
 pub use check::*;
 
+mod resize;
+pub use resize::*;
+
 mod snapshots;
 pub use snapshots::*;
 

@@ -115,7 +115,7 @@ impl Disk {
 
     /// Whether a range reads as zero, as far as the mapping tells. What lies past
     /// the end of the disk (in the last cluster) does.
-    pub(super) async fn is_zero<E: Engine>(&self, engine: &E, range: Range<u64>) -> Result<bool> {
+    pub(crate) async fn is_zero<E: Engine>(&self, engine: &E, range: Range<u64>) -> Result<bool> {
         let end = range.end.min(self.size());
         let mut at = range.start;
         while at < end {

@@ -86,7 +86,7 @@ pub enum Layer {
 /// A raw image.
 pub struct Raw {
     /// Its bytes.
-    pub storage: Storage,
+    pub storage: Arc<Storage>,
     /// How many there are.
     pub size: u64,
     /// Whether a sync has failed.
@@ -181,6 +181,14 @@ impl Disk {
         let size = layers.first().map_or(0, Layer::size);
         let vm_state = OnceLock::new();
         Disk { layers, options, requests, inflated, view: None, vm_state, size }
+    }
+
+    /// The same chain as a disk that ends later, for what is to be done behind the end
+    /// before anybody sees it.
+    pub fn ending_at(&self, size: u64) -> Disk {
+        let mut disk = Disk::new(self.layers.clone(), self.options.clone());
+        disk.size = size.max(self.size);
+        disk
     }
 
     /// This image, if it is qcow2.

@@ -146,8 +146,7 @@ impl Disk {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have no metadata"));
         };
         let (options, below) = (&self.options, self.layers.get(1..).unwrap_or_default());
-        let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
-        let mut budget = Budget(options.max_metadata_size.saturating_sub(held));
+        let mut budget = self.budget();
         let first = read(engine, &old.storage, 0, Header::READ_FIRST).await?;
         let storage = old.storage.clone();
         let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
@@ -157,6 +156,19 @@ impl Disk {
         let mut layers = vec![Layer::Qcow2(Arc::new(image))];
         layers.extend_from_slice(below);
         Ok(Disk::new(layers, options.clone()))
+    }
+
+    /// The memory that `reload` may take.
+    fn budget(&self) -> Budget {
+        let below = self.layers.get(1..).unwrap_or_default();
+        let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
+        Budget(self.options.max_metadata_size.saturating_sub(held))
+    }
+
+    /// Whether the options allow for `reload` to find this header. `Limit`.
+    pub fn check_reload(&self, header: &Header) -> Result<()> {
+        let name = self.layers.first().map_or("", |layer| layer.storage().name());
+        reserve(header, &self.options, &mut self.budget(), name).map(drop)
     }
 }
 
@@ -267,7 +279,8 @@ async fn open_layer<E: Engine>(
                 )));
             }
             check_size(length, options, storage.name())?;
-            Ok(Layer::Raw(Arc::new(Raw { storage, size: length, health: Health::default() })))
+            let (storage, health) = (Arc::new(storage), Health::default());
+            Ok(Layer::Raw(Arc::new(Raw { storage, size: length, health })))
         }
         Format::Qcow2 => {
             let image = open_qcow2(engine, Arc::new(storage), &first, options, budget).await?;

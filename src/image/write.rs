@@ -416,7 +416,7 @@ impl Raw {
         self.storage.write(engine, &[data], offset).await
     }
 
-    pub(super) fn check_writable(&self) -> Result<()> {
+    pub(crate) fn check_writable(&self) -> Result<()> {
         if self.storage.access().writable {
             return self.health.check();
         }

@@ -10,8 +10,8 @@ mod create;
 mod delete;
 mod list;
 mod open;
-mod operation;
-mod tables;
+pub(crate) mod operation;
+pub(crate) mod tables;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -1,5 +1,5 @@
-//! One change of an image's snapshots, or of its active state by one: how all of them
-//! begin, switch over, and end.
+//! One change of an image's snapshots, of its active state by one, or of its size: how
+//! all of them begin, switch over, and end.
 //!
 //! ```text
 //! settle; plan: read, check, allocate, write what is new        (nothing refers to it)
@@ -48,7 +48,7 @@ impl<T> From<Changed<T>> for (Result<T>, Replacement) {
 }
 
 /// A change under way.
-pub(super) struct Operation<'a, E> {
+pub(crate) struct Operation<'a, E> {
     pub engine: &'a E,
     pub disk: &'a Disk,
     pub image: &'a Qcow2,
@@ -95,18 +95,28 @@ impl<'a, E: Engine> Operation<'a, E> {
         Changes::new(geometry.clusters_for(length), self.disk.options.max_metadata_size / 2)
     }
 
+    /// Takes free clusters that lie together, for something new.
+    pub async fn take(&mut self, count: u64) -> Result<Range<u64>> {
+        let (allocator, storage) = (&self.writing.allocator, &self.image.storage);
+        let clusters = allocator.allocate_together(self.engine, storage, count).await?;
+        self.fresh.push(clusters.clone());
+        Ok(clusters)
+    }
+
     /// Writes a new table to free clusters; returns where it is.
     pub async fn place(&mut self, bytes: &[u8]) -> Result<u64> {
         let geometry = self.image.geometry();
-        let (allocator, storage) = (&self.writing.allocator, &self.image.storage);
-        let count = geometry.clusters_for(bytes.len() as u64);
-        let clusters = allocator.allocate_together(self.engine, storage, count).await?;
+        let clusters = self.take(geometry.clusters_for(bytes.len() as u64)).await?;
         let offset = clusters.start << geometry.cluster_bits;
-        self.fresh.push(clusters);
+        self.write(bytes, offset).await?;
+        Ok(offset)
+    }
+
+    /// Writes to clusters that were taken.
+    pub async fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
         let block = Block::from_bytes(bytes)?;
         let piece = [Piece::Block(block.slice(0, bytes.len()))];
-        storage.write(self.engine, &piece, offset).await?;
-        Ok(offset)
+        self.image.storage.write(self.engine, &piece, offset).await
     }
 
     /// What was planned can be done; refcounts and flags are about to change. The dirty

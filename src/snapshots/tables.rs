@@ -74,8 +74,9 @@ pub async fn count<E: Engine>(
     Ok(flagged)
 }
 
-/// Counts the references of one L2 table; returns whether it has a COPIED flag.
-fn count_entries(
+/// Counts the references of one L2 table, or of a part of it; returns whether there is a
+/// COPIED flag.
+pub fn count_entries(
     image: &Qcow2,
     (table, times): (u64, u32),
     bytes: &[u8],

@@ -15,6 +15,7 @@ mod growth;
 mod handles;
 mod lazy;
 mod races;
+mod resize;
 mod reuse;
 mod snapshots;
 mod syncs;

@@ -68,14 +68,20 @@ impl Change {
 
 /// All that an image holds: the disk, and the snapshots by their names.
 #[derive(Clone, PartialEq, Eq)]
-struct State {
-    active: Vec<u8>,
-    snapshots: Vec<(Vec<u8>, Vec<u8>)>,
+pub struct State {
+    pub active: Vec<u8>,
+    pub snapshots: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl State {
     /// Read with other code than the driver's.
     fn of(disk: &SimDisk) -> State {
+        let file = disk.file("image").expect("there is an image");
+        State::with_snapshots_of(disk, Header::read(&*file).expect("it has a header").size)
+    }
+
+    /// As `of`, where snapshots are of disks of another size.
+    pub fn with_snapshots_of(disk: &SimDisk, snapshot_size: u64) -> State {
         let file = disk.file("image").expect("there is an image");
         let header = Header::read(&*file).expect("it has a header");
         let base = disk.file("base");
@@ -83,25 +89,26 @@ impl State {
         let content = |header: &Header| read_guest(&*file, header, base);
         let (tables, _) = header.read_snapshots(&*file);
         let names = header.read_snapshot_names(&*file);
-        let of = |l1| content(&Header { l1, ..header.clone() });
+        let of = |l1| content(&Header { l1, size: snapshot_size, ..header.clone() });
         let snapshots = names.into_iter().zip(tables.into_iter().map(of)).collect();
         State { active: content(&header), snapshots }
     }
 }
 
-struct Stage {
-    disk: SimDisk,
-    image: Disk,
-    before: State,
-    rng: Rng,
+/// An image at the beginning of a change.
+pub struct Stage {
+    pub disk: SimDisk,
+    pub image: Disk,
+    pub before: State,
+    pub rng: Rng,
 }
 
-async fn write(image: &Disk, cluster: u64, size: u64, value: u8) {
+pub async fn write(image: &Disk, cluster: u64, size: u64, value: u8) {
     write_maybe(image, cluster, size, value).await.unwrap();
 }
 
 /// The disk that goes on after a change.
-fn next(
+pub fn next(
     disk: Disk,
     (result, replacement): (Result<()>, Replacement),
 ) -> (Result<()>, Option<Disk>) {
@@ -116,6 +123,11 @@ impl Stage {
     /// An image with two snapshots, each of which has something of its own, and shares
     /// something with each other state.
     fn new(config: &Config, seed: u64) -> Stage {
+        Stage::with(config, seed, &[(1, &b"a"[..]), (2, b"b"), (3, b"")])
+    }
+
+    /// The same with the snapshots that are named.
+    pub fn with(config: &Config, seed: u64, writes: &[(u8, &[u8])]) -> Stage {
         let mut rng = Rng::new(seed);
         let disk = SimDisk::new(rng.next_u64());
         let kind = config.kind;
@@ -135,7 +147,7 @@ impl Stage {
         let far = kind.clusters() - 1;
         let image = disk.block_on(async {
             let mut image = image;
-            for (value, name) in [(1, &b"a"[..]), (2, b"b"), (3, b"")] {
+            for &(value, name) in writes {
                 for cluster in [0, 1, 3, u64::from(value) * 5, u64::from(value) * 5 + 1, far] {
                     write(&image, cluster, size, value).await;
                 }
@@ -152,12 +164,12 @@ impl Stage {
             image
         });
         let before = State::of(&disk);
-        assert_eq!(before.snapshots.len(), 2);
-        assert!(before.active != before.snapshots[0].1);
+        assert_eq!(before.snapshots.len(), writes.len() - 1);
+        assert!(before.snapshots.iter().all(|(_, content)| *content != before.active));
         Stage { disk, image, before, rng }
     }
 
-    fn crash(&mut self) -> (Crash, SimDisk) {
+    pub fn crash(&mut self) -> (Crash, SimDisk) {
         let power = |unit| Crash::Power { unit };
         let crash = *self.rng.pick(&[Crash::Process, power(512), power(512), power(4096)]);
         (crash, self.disk.crash(crash, self.rng.next_u64()))
@@ -168,7 +180,7 @@ impl Stage {
 /// pointers that lead astray are wrong at any time; flags may be, for a time. (With lazy
 /// refcounts the dirty bit excuses both, before the image is settled.) Returns
 /// whether anything is left to be put right, and whether the dirty bit says so.
-fn look(disk: &SimDisk, lazy: bool) -> (bool, bool) {
+pub fn look(disk: &SimDisk, lazy: bool) -> (bool, bool) {
     let mut bytes = disk.file("image").expect("there is an image").bytes();
     let dirty = Header::read(&bytes).unwrap().version > 2 && bytes[79] & 1 != 0;
     if dirty {
@@ -211,7 +223,7 @@ fn live_on(disk: &SimDisk, config: &Config, states: &[&State], what: &str) {
     assert!(!dirty && (!flags || v2), "{what}: flags are wrong after all");
 }
 
-fn configs() -> Vec<Config> {
+pub fn configs() -> Vec<Config> {
     let small = Kind { size: 64 << 10, ..SMALL };
     vec![
         Config { kind: Kind { size: 64 << 10, ..tiny().kind }, ..tiny() },
