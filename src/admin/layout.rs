@@ -14,6 +14,10 @@ pub struct Layout {
     pub blocks: u64,
     /// Entries of the L1 table, which begins behind the blocks.
     pub l1_entries: u64,
+    /// First cluster of the L2 tables, behind the L1 table.
+    pub l2_at: u64,
+    /// L2 tables: none, unless the whole disk is mapped from the beginning.
+    pub l2_tables: u64,
     /// All clusters in use.
     pub used: u64,
 }
@@ -30,9 +34,9 @@ impl Layout {
     }
 }
 
-/// The layout for a disk of `size` bytes; `InvalidArgument` where no image of
+/// The layout for a disk of `size` bytes, `mapped` by L2 tables or not; `InvalidArgument` where no image of
 /// this geometry can be that large.
-pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64) -> Result<Layout> {
+pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, mapped: bool) -> Result<Layout> {
     let l1_entries = size.div_ceil(geometry.l2_coverage());
     if size > max_virtual_size(geometry) || l1_entries * 8 > MAX_L1_BYTES {
         return Err(Error::invalid(format!(
@@ -44,8 +48,10 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64) -> Result<Lay
         )));
     }
     let l1_clusters = geometry.clusters_for(l1_entries * 8);
-    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1_clusters);
-    Ok(Layout { reftable, blocks, l1_entries, used: 1 + reftable + blocks + l1_clusters })
+    let l2_tables = if mapped { l1_entries } else { 0 };
+    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1_clusters + l2_tables);
+    let l2_at = 1 + reftable + blocks + l1_clusters;
+    Ok(Layout { reftable, blocks, l1_entries, l2_at, l2_tables, used: l2_at + l2_tables })
 }
 
 /// Refcount blocks, and clusters of the table that names them, which it takes to
@@ -87,7 +93,7 @@ mod tests {
     #[test]
     fn a_small_image_has_one_cluster_of_each() {
         let width = RefcountWidth::new(4).unwrap();
-        let layout = layout(geometry(16), width, 1 << 20).unwrap();
+        let layout = layout(geometry(16), width, 1 << 20, false).unwrap();
         assert_eq!((layout.reftable, layout.blocks, layout.l1_entries), (1, 1, 1));
         assert_eq!((layout.l1_at(), layout.used), (3, 4));
     }
@@ -98,11 +104,11 @@ mod tests {
             for order in 0..=6 {
                 let (geometry, width) = (geometry(bits), RefcountWidth::new(order).unwrap());
                 for size in [0, 1, 1 << 20, max_virtual_size(geometry)] {
-                    let layout = layout(geometry, width, size).unwrap();
+                    let layout = layout(geometry, width, size, size <= 1 << 20).unwrap();
                     assert!(layout.blocks * width.entries_per(1 << bits) >= layout.used);
                     assert!(layout.reftable << bits >= layout.blocks * 8);
                 }
-                assert!(layout(geometry, width, max_virtual_size(geometry) + 512).is_err());
+                assert!(layout(geometry, width, max_virtual_size(geometry) + 512, false).is_err());
             }
         }
     }

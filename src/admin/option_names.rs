@@ -18,6 +18,7 @@ impl CreateOptions {
     /// | refcount_bits | number | a power of two up to 64 |
     /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash |
     /// | compression_type | zlib, zstd | of compressed clusters |
+    /// | data_file_raw | on, off | the data file is a raw image by itself |
     /// | preallocation | off | |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value;
@@ -41,18 +42,18 @@ impl CreateOptions {
                 "metadata" | "falloc" | "full" => return Err(unsupported(name, value)),
                 _ => return Err(bad_value(name, value, "it is off, metadata, falloc or full")),
             },
-            "data_file_raw" | "encryption" => {
+            "data_file_raw" => self.data_file_raw = switch(name, value)?,
+            "encryption" => {
                 if switch(name, value)? {
                     return Err(unsupported(name, value));
                 }
             }
-            "backing_file" | "backing_fmt" => {
+            "backing_file" | "backing_fmt" | "data_file" => {
                 let text =
-                    format!("{name:?} cannot be set by name: backing files have their own call");
+                    format!("{name:?} cannot be set by name: other files have their own calls");
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
-            "data_file"
-            | "encrypt.format"
+            "encrypt.format"
             | "encrypt.key-secret"
             | "encrypt.cipher-alg"
             | "encrypt.cipher-mode"
@@ -157,7 +158,7 @@ mod tests {
         }
         for (name, value) in [
             ("preallocation", "full"),
-            ("data_file_raw", "on"),
+            ("data_file", "data"),
             ("encrypt.format", "luks"),
             ("backing_file", "base"),
         ] {

@@ -140,6 +140,11 @@ impl Disk {
                 })
             })
             .await?;
+        if image.is_raw_data() {
+            let size = image.geometry().cluster_size();
+            let bytes = first.0 * size..(first.0 + count) * size;
+            return image.zero_raw(engine, writing, bytes, flags.may_unmap).await;
+        }
         image.free(engine, writing, &freed).await
     }
 
@@ -212,7 +217,12 @@ impl Disk {
                 })
             })
             .await?;
-        if let (true, Some((host, gone))) = (flags.may_unmap, punch) {
+        if image.is_raw_data() {
+            for run in subcluster::runs(zero) {
+                let bytes = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
+                image.zero_raw(engine, writing, bytes, flags.may_unmap).await?;
+            }
+        } else if let (true, Some((host, gone))) = (flags.may_unmap, punch) {
             image.punch_subclusters(engine, writing, host, gone).await;
         }
         drop(claim);

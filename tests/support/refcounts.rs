@@ -39,7 +39,7 @@ fn walk(image: &Dissected, l1: (u64, u64), references: &mut References) {
             if descriptor & COMPRESSED != 0 {
                 let (offset, bytes) = image.compressed(descriptor);
                 references.add(offset, bytes);
-            } else if descriptor & OFFSET != 0 {
+            } else if descriptor & OFFSET != 0 && !image.has_data_file() {
                 references.add(descriptor & OFFSET, image.cluster_size());
             }
         }
