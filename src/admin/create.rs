@@ -491,8 +491,9 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
     storage.sync(engine).await
 }
 
-/// Gives each cluster of the disk its place in the data file, from the beginning, as
-/// QEMU does where that is to be a raw image.
+/// Gives each cluster of the disk its place in a data file that is to be a raw image, from
+/// the beginning, as QEMU does: what is written there by itself is seen through the image.
+/// (All subclusters, too: QEMU leaves those to the first write.)
 async fn write_l2_tables<E: Engine>(
     engine: &E,
     storage: &Storage,
@@ -507,7 +508,7 @@ async fn write_l2_tables<E: Engine>(
         let first = n * per_table;
         let words = (first..clusters.min(first + per_table)).flat_map(|cluster| {
             let place = geometry.guest_start(GuestCluster(cluster)).0 | COPIED;
-            [Some(place), geometry.extended_l2.then_some(0)]
+            [Some(place), geometry.extended_l2.then_some(u64::from(u32::MAX))]
         });
         let bytes = words.flatten().flat_map(u64::to_be_bytes);
         let bytes = fallible::collect(geometry.cluster_size() as usize, bytes)?;

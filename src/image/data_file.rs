@@ -126,8 +126,9 @@ impl Qcow2 {
         !self.is_raw_data() || writing.punch && self.data().can_punch()
     }
 
-    /// Makes the data file read as zero where the entries do since a moment ago. The
-    /// caller claims the clusters.
+    /// Makes a data file that is to be a raw image read as zero. The caller claims the
+    /// clusters. Entries need not change for that where data is stored, and they do not:
+    /// so whatever happens, the guest finds what the data file holds.
     pub(super) async fn zero_raw<E: Engine>(
         &self,
         engine: &E,
@@ -139,8 +140,6 @@ impl Qcow2 {
         if bytes.is_empty() {
             return Ok(());
         }
-        // Who has found data there may still be writing: the zeroes come last.
-        writing.allocator.epochs.all_left().await;
         let mode = if may_unmap { ZeroMode::Punch } else { ZeroMode::Keep };
         let data = self.data();
         match data.zero(engine, bytes.start, bytes.end - bytes.start, mode).await {

