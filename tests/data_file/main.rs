@@ -182,8 +182,11 @@ fn qemu_and_we_take_turns_on_one_image() {
     });
 }
 
+/// Start, length, whether there is a place, and where.
+type Mapped = (u64, u64, bool, Option<u64>);
+
 /// As `qemu-img map` tells it, but for holes in the data file, which we do not ask for.
-fn map(path: &Path) -> Vec<(u64, u64, bool, Option<u64>)> {
+fn map(path: &Path) -> Vec<Mapped> {
     let printed = qemu_ok("qemu-img", &["map", "-f", "qcow2", "--output=json", text(path)]);
     let extents: Vec<serde_json::Value> = serde_json::from_str(&printed).unwrap();
     let extents = extents.iter().map(|extent| {
@@ -193,7 +196,12 @@ fn map(path: &Path) -> Vec<(u64, u64, bool, Option<u64>)> {
         let stored = switch("present") && (switch("data") || number("offset").is_some());
         (start, length, stored, number("offset"))
     });
-    let mut joined: Vec<(u64, u64, bool, Option<u64>)> = Vec::new();
+    joined(extents)
+}
+
+/// What differs in more than that is not looked at.
+fn joined(extents: impl IntoIterator<Item = Mapped>) -> Vec<Mapped> {
+    let mut joined: Vec<Mapped> = Vec::new();
     for next in extents {
         match joined.last_mut() {
             Some(last) if last.2 == next.2 && last.3.map(|at| at + last.1) == next.3 => {
@@ -205,7 +213,7 @@ fn map(path: &Path) -> Vec<(u64, u64, bool, Option<u64>)> {
     joined
 }
 
-fn our_map(image: &Image) -> Vec<(u64, u64, bool, Option<u64>)> {
+fn our_map(image: &Image) -> Vec<Mapped> {
     let mut extents = Vec::new();
     image
         .block_status(0, image.size(), false, usize::MAX, &mut |extent| {
@@ -214,7 +222,7 @@ fn our_map(image: &Image) -> Vec<(u64, u64, bool, Option<u64>)> {
             extents.push((offset, length, stored, host_offset));
         })
         .unwrap();
-    extents
+    joined(extents)
 }
 
 #[test]
