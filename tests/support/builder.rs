@@ -140,8 +140,8 @@ impl Builder {
                 (host | copied | flag, u64::from(zero) << 32 | u64::from(alloc))
             }
             Cluster::Reserved if self.kind.data_file => match self.kind.extended_l2 {
-                true => (guest * size | copied, u64::from(u32::MAX) << 32),
-                false => (guest * size | copied | 1, 0),
+                true => ((guest * size) | copied, u64::from(u32::MAX) << 32),
+                false => ((guest * size) | copied | 1, 0),
             },
             Cluster::Reserved => match self.kind.extended_l2 {
                 true => (self.take(size) | copied, u64::from(u32::MAX) << 32),
