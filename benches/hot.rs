@@ -115,7 +115,7 @@ fn requests(criterion: &mut Criterion) {
 
 fn entries(criterion: &mut Criterion) {
     let geometry = Geometry { cluster_bits: CLUSTER.ilog2(), extended_l2: true };
-    let format = L2Format { geometry, version: 3 };
+    let format = L2Format { geometry, version: 3, data_file: false };
     let descriptor = COPIED | (5 * CLUSTER);
     let entry = L2Entry { descriptor, bitmap: 0xff00_0000_00ff };
     criterion.bench_function("decode an L2 entry", |bencher| {

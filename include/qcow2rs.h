@@ -600,9 +600,18 @@ int qcow2rs_create_opts_set_size(struct qcow2rs_create_opts *o, uint64_t bytes);
 int qcow2rs_create_opts_set_backing(struct qcow2rs_create_opts *o,
                                     const char *name, const char *format);
 
+/* [OBJ] The file that guest data will be in; *storage is consumed, and what
+ * it holds is lost when an image is made.  name: as it is to be written into
+ * the header, for those who open the image later.  Not for version 2 (compat
+ * 0.10). */
+int qcow2rs_create_opts_set_data_file(struct qcow2rs_create_opts *o,
+                                      const char *name,
+                                      struct qcow2rs_storage **storage);
+
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
- * compression_type (zlib|zstd), preallocation (off|metadata|falloc|full).
+ * compression_type (zlib|zstd), data_file_raw,
+ * preallocation (off|metadata|falloc|full).
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */

@@ -20,6 +20,11 @@ pub struct GuestCluster(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct HostOffset(NonZeroU64);
 
+/// Where guest data is. In the image file never 0, as any `HostOffset`; in an external
+/// data file, where nothing else is, 0 is as good as any.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct DataOffset(u64);
+
 /// The index of a cluster of the image file. Cluster 0 is the header's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct HostCluster(pub u64);
@@ -38,6 +43,35 @@ impl HostOffset {
     /// This offset moved up; `None` on overflow.
     pub fn checked_add(self, bytes: u64) -> Option<HostOffset> {
         self.0.checked_add(bytes).map(HostOffset)
+    }
+}
+
+impl DataOffset {
+    /// An offset in a file that holds guest data and nothing else.
+    pub fn in_data_file(offset: u64) -> DataOffset {
+        DataOffset(offset)
+    }
+
+    /// The plain number.
+    pub fn get(self) -> u64 {
+        self.0
+    }
+
+    /// This offset moved up; `None` on overflow.
+    pub fn checked_add(self, bytes: u64) -> Option<DataOffset> {
+        self.0.checked_add(bytes).map(DataOffset)
+    }
+}
+
+impl From<HostOffset> for DataOffset {
+    fn from(offset: HostOffset) -> DataOffset {
+        DataOffset(offset.get())
+    }
+}
+
+impl fmt::Display for DataOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
     }
 }
 
@@ -132,7 +166,7 @@ impl Geometry {
     }
 
     /// The cluster of the image file that a host offset lies in.
-    pub fn host_cluster(self, offset: HostOffset) -> HostCluster {
+    pub fn host_cluster(self, offset: DataOffset) -> HostCluster {
         HostCluster(offset.get() >> self.cluster_bits)
     }
 

@@ -72,6 +72,12 @@ define! {
     CopiedAfterSync,
     /// A flush joins one that began before the call.
     FlushJoinsEarlier,
+    /// The external data file is synced behind the entries that point into it.
+    DataFileSyncedLate,
+    /// A flush syncs the image file and never its external data file.
+    DataFileNotSynced,
+    /// An entry is believed that points anywhere in the external data file.
+    DataFilePlaceBelieved,
     /// Data written in place does not make the next flush sync.
     WriteInPlaceNotSynced,
     /// An open for writing does not sync what a process that was killed had written.

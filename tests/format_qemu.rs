@@ -434,7 +434,7 @@ fn compressed_clusters_agree() {
         let mut found = 0;
         for (index, chunk) in content.chunks(geometry.cluster_size() as usize).enumerate() {
             let entry = l2_entry(&image, &header, index as u64);
-            let format = L2Format { geometry, version: header.version };
+            let format = L2Format { geometry, version: header.version, data_file: false };
             let Cluster::Compressed(place) = format.decode(entry).unwrap() else { continue };
             let end = (place.offset + place.length).min(image.len() as u64);
             let mut output = vec![0; geometry.cluster_size() as usize];
@@ -454,7 +454,11 @@ fn mapping_agrees(scene: &Scene, name: &str) -> Vec<Subcluster> {
     let image = scene.read(name);
     let text = scene.qemu_img(&["map", "-f", "qcow2", "--output=json", name]);
     let map: Vec<Value> = serde_json::from_str(&text).unwrap();
-    let format = L2Format { geometry: header.geometry, version: header.version };
+    let format = L2Format {
+        geometry: header.geometry,
+        version: header.version,
+        data_file: header.external_data_file(),
+    };
     let size = header.geometry.subcluster_size();
     let backed = header.backing.is_some();
     let mut met = Vec::new();

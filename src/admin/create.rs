@@ -3,26 +3,29 @@
 //! Everything is checked before anything is written, and the header is written
 //! last: what is interrupted is no image rather than a broken one.
 
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::layout::{Layout, fully_allocated, layout};
+use super::layout::{Ahead, Layout, fully_allocated, layout};
 use super::preallocation::{Filling, Preallocation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::compression::Compression;
 use crate::format::extensions::Extensions;
-use crate::format::header::{BackingRef, Header, MAGIC, compatible, incompatible};
+use crate::format::header::{BackingRef, Header, MAGIC, autoclear, compatible, incompatible};
 use crate::format::l2::{COPIED, L2Format};
 use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
 use crate::format::refcount::RefcountWidth;
-use crate::geometry::{Geometry, HostOffset, SUBCLUSTERS};
+use crate::geometry::{Geometry, GuestCluster, HostOffset, SUBCLUSTERS};
+use crate::image::data_file::data_access;
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
 use crate::image::open::{access, check_new};
 use crate::image::options::{Format, OpenOptions};
 use crate::io::blocking::Blocking;
-use crate::io::engine::{Engine, Piece};
+use crate::io::engine::{Engine, Piece, ZeroMode};
 use crate::io::storage::{Access, Source, Storage};
 use crate::io::wait::block_on;
 use crate::log;
@@ -54,6 +57,12 @@ pub struct CreateOptions {
     /// What is taken ahead for data. With a backing file it needs extended L2 entries:
     /// others could not leave what is below visible.
     pub preallocation: Preallocation,
+    /// The file that guest data will be in, as it is written into the header, and what
+    /// it is: whatever is in there is lost. Version 3 only.
+    pub data_file: Option<(Vec<u8>, Arc<Source>)>,
+    /// Whether that file is to be a raw image by itself: with a data file only, and
+    /// without a backing file.
+    pub data_file_raw: bool,
 }
 
 impl Default for CreateOptions {
@@ -68,6 +77,8 @@ impl Default for CreateOptions {
             compression: Compression::Zlib,
             backing: None,
             preallocation: Preallocation::Off,
+            data_file: None,
+            data_file_raw: false,
         }
     }
 }
@@ -86,6 +97,7 @@ impl CreateOptions {
             (self.lazy_refcounts, "lazy refcounts"),
             (self.compression != Compression::Zlib, "a compression type other than zlib"),
             (self.refcount_bits != 16, "a refcount width other than 16 bits"),
+            (self.data_file.is_some(), "external data files"),
         ];
         for (wanted, what) in version_3_only {
             if wanted && self.version < 3 {
@@ -109,7 +121,31 @@ impl CreateOptions {
                 "preallocation over a backing file needs extended L2 entries (extended_l2=on)",
             ));
         }
+        if preallocated && self.data_file.is_some() {
+            let text = "preallocation in a data file is not supported by this build";
+            return Err(Error::new(ErrorKind::NotSupported, text));
+        }
+        self.check_data_file()?;
         Ok(Geometry { cluster_bits: size.ilog2(), extended_l2: self.extended_l2 })
+    }
+
+    fn check_data_file(&self) -> Result<()> {
+        if self.data_file_raw && self.data_file.is_none() {
+            return Err(Error::invalid("\"data_file_raw\" needs a data file"));
+        }
+        if self.data_file_raw && self.backing.is_some() {
+            let text = "a data file that is a raw image cannot be used with a backing file";
+            return Err(Error::invalid(text));
+        }
+        match &self.data_file {
+            Some((name, _)) if name.is_empty() || name.contains(&0) => {
+                Err(Error::invalid("the name of the data file is empty, or has a NUL in it"))
+            }
+            Some((name, _)) if name.len() > MAX_BACKING_NAME => {
+                Err(Error::invalid("a data file name has at most 1023 bytes"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn width(&self) -> Result<RefcountWidth> {
@@ -137,21 +173,25 @@ impl CreateOptions {
             snapshots_offset: 0,
             incompatible: self.incompatible(),
             compatible: if self.lazy_refcounts { compatible::LAZY_REFCOUNTS } else { 0 },
-            autoclear: 0,
+            autoclear: if self.data_file_raw { autoclear::RAW_EXTERNAL_DATA } else { 0 },
             refcount_order: self.refcount_bits.ilog2(),
             compression: self.compression.number(),
             unknown_fields: Vec::new(),
             header_length: if self.version < 3 { 72 } else { 112 },
-            extensions: Extensions::default(),
+            extensions: Extensions {
+                data_file: self.data_file.as_ref().map(|(name, _)| name.clone()),
+                ..Extensions::default()
+            },
         }
     }
 
     fn incompatible(&self) -> u64 {
-        let extended_l2 = if self.extended_l2 { incompatible::EXTENDED_L2 } else { 0 };
-        match self.compression {
-            Compression::Zlib => extended_l2,
-            Compression::Zstd => extended_l2 | incompatible::COMPRESSION,
-        }
+        let bits = [
+            (self.extended_l2, incompatible::EXTENDED_L2),
+            (self.compression != Compression::Zlib, incompatible::COMPRESSION),
+            (self.data_file.is_some(), incompatible::EXTERNAL_DATA),
+        ];
+        bits.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum()
     }
 
     /// What a person should know about this choice, through the log.
@@ -159,6 +199,7 @@ impl CreateOptions {
         let reader = match (self.extended_l2, self.version) {
             (true, _) => "QEMU 5.2 or later",
             (false, _) if self.compression == Compression::Zstd => "QEMU 5.1 or later",
+            (false, _) if self.data_file.is_some() => "QEMU 4.0 or later",
             (false, 3) => "QEMU 1.1 or later",
             (false, _) => "any QEMU",
         };
@@ -205,7 +246,12 @@ struct Plan {
 fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
     let (geometry, width) = (options.geometry()?, options.width()?);
     let preallocation = options.preallocation;
-    let layout = layout(geometry, width, size, preallocation != Preallocation::Off)?;
+    let ahead = match (preallocation, options.data_file_raw) {
+        (Preallocation::Off, false) => Ahead::Nothing,
+        (Preallocation::Off, true) => Ahead::Tables,
+        _ => Ahead::Data,
+    };
+    let layout = layout(geometry, width, size, ahead)?;
     let header = options.header(geometry, &layout, size);
     let first_bytes = header.to_bytes()?;
     Ok(Plan { width, layout, header, first_bytes, preallocation })
@@ -272,6 +318,14 @@ impl Place<'_> {
         }
     }
 
+    /// Whether it is the file that `other` is.
+    fn is(&self, other: &Storage) -> bool {
+        let Some(file) = self.path().and_then(|path| std::fs::metadata(path).ok()) else {
+            return false;
+        };
+        other.identity() == Some((file.dev(), file.ino()))
+    }
+
     /// After a failure: what was made for the image alone goes again.
     fn give_up(&self) {
         if let Place::File { path, exclusive: true } = self {
@@ -281,13 +335,60 @@ impl Place<'_> {
     }
 }
 
+/// Opens what is to be the data file, which the image itself cannot be.
+fn open_data_file(source: &Arc<Source>, open: &OpenOptions, place: &Place<'_>) -> Result<Storage> {
+    let access = Access { writable: true, ..data_access(open) };
+    let file = Storage::open(source.clone(), access)?;
+    if place.is(&file) {
+        return Err(data_in_itself(&file));
+    }
+    Ok(file)
+}
+
+fn data_in_itself(file: &Storage) -> Error {
+    Error::invalid(format!("{} cannot be both the image and its data file", file.name()))
+}
+
+/// Makes a data file as long as the disk, where a length can be set. A raw one is zero.
+async fn empty_data_file<E: Engine>(
+    engine: &E,
+    file: &Storage,
+    size: u64,
+    raw: bool,
+) -> Result<()> {
+    for length in [0, size] {
+        match file.truncate(engine, length).await {
+            Err(error) if error.kind() != ErrorKind::NotSupported => return Err(error),
+            _ if length == 0 && raw => {
+                // What keeps its length keeps what it holds.
+                let left = file.length()?.min(size);
+                zero_range(engine, file, 0..left).await?;
+            }
+            _ => {}
+        }
+    }
+    file.sync(engine).await
+}
+
+async fn zero_range<E: Engine>(engine: &E, file: &Storage, range: Range<u64>) -> Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    match file.zero(engine, range.start, range.end - range.start, ZeroMode::Keep).await {
+        Err(error) if error.kind() == ErrorKind::NotSupported => {
+            zero_tables(engine, file, range.start, range.end).await
+        }
+        zeroed => zeroed,
+    }
+}
+
 /// Makes an image; with all checks that can be done before if it will be `opened`.
 fn make(
     place: &Place<'_>,
     options: &CreateOptions,
     open: &OpenOptions,
     opened: bool,
-) -> Result<Storage> {
+) -> Result<(Storage, Option<Storage>)> {
     open.validate()?;
     // Open, and locked, until all is written: it is not to be overwritten itself.
     let below = open_below(options, open, place.path(), opened)?;
@@ -295,15 +396,30 @@ fn make(
     if opened {
         check_new(&plan.header, &open_after(open), &place.name())?;
     }
+    let data_file = match &options.data_file {
+        Some((_, source)) => Some(open_data_file(source, open, place)?),
+        None => None,
+    };
     let storage = place.open(open)?;
-    block_on(write(&Blocking, &storage, &plan)).inspect_err(|_| place.give_up())?;
+    let made = block_on(async {
+        if let Some(file) = &data_file {
+            let same = file.identity().is_some() && file.identity() == storage.identity();
+            if same {
+                return Err(data_in_itself(file));
+            }
+            let size = plan.header.virtual_size();
+            empty_data_file(&Blocking, file, size, options.data_file_raw).await?;
+        }
+        write(&Blocking, &storage, &plan).await
+    });
+    made.inspect_err(|_| place.give_up())?;
     options.advise(storage.name());
-    Ok(storage)
+    Ok((storage, data_file))
 }
 
 fn make_open(place: &Place<'_>, options: &CreateOptions, open: &OpenOptions) -> Result<Image> {
-    let storage = make(place, options, open, true)?;
-    Image::open_storage(storage, &open_after(open)).inspect_err(|_| place.give_up())
+    let (storage, data_file) = make(place, options, open, true)?;
+    Image::open_storages(storage, data_file, &open_after(open)).inspect_err(|_| place.give_up())
 }
 
 fn open_after(open: &OpenOptions) -> OpenOptions {
@@ -391,8 +507,10 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         write_at(engine, storage, &counts, (layout.blocks_at() + n) << geometry.cluster_bits)
             .await?;
     }
-    if layout.l2 > 0 {
-        preallocate(engine, storage, plan).await?;
+    match plan.preallocation {
+        Preallocation::Off => write_l2_tables(engine, storage, layout, header).await?,
+        _ if layout.l2 > 0 => preallocate(engine, storage, plan).await?,
+        _ => {}
     }
     storage.sync(engine).await?;
     write_at(engine, storage, first_bytes, 0).await?;
@@ -405,7 +523,7 @@ async fn preallocate<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> R
     let Plan { layout, header, .. } = plan;
     let geometry = header.geometry;
     let bits = geometry.cluster_bits;
-    let format = L2Format { geometry, version: header.version };
+    let format = L2Format { geometry, version: header.version, data_file: false };
     let data = HostOffset::new(layout.data_at() << bits);
     let filling = Filling { format, data, hide: false };
     let per_table = geometry.l2_coverage() >> bits;
@@ -421,6 +539,35 @@ async fn preallocate<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> R
     let bytes = layout.data_at() << bits..layout.used << bits;
     let fresh = bytes.start;
     plan.preallocation.prepare(engine, storage, bytes, fresh, &mut |_, _| true).await
+}
+
+/// Gives each cluster of the disk its place in a data file that is to be a raw image, from
+/// the beginning, as QEMU does: what is written there by itself is seen through the image.
+/// (All subclusters, too: QEMU leaves those to the first write.)
+async fn write_l2_tables<E: Engine>(
+    engine: &E,
+    storage: &Storage,
+    layout: &Layout,
+    header: &Header,
+) -> Result<()> {
+    let geometry = header.geometry;
+    let clusters = geometry.clusters_for(header.virtual_size());
+    let per_table = 1 << geometry.l2_bits();
+    for n in 0..layout.l2 {
+        let at = (layout.l2_at() + n) << geometry.cluster_bits;
+        let first = n * per_table;
+        let words = (first..clusters.min(first + per_table)).flat_map(|cluster| {
+            let place = geometry.guest_start(GuestCluster(cluster)).0 | COPIED;
+            [Some(place), geometry.extended_l2.then_some(u64::from(u32::MAX))]
+        });
+        let bytes = words.flatten().flat_map(u64::to_be_bytes);
+        let bytes = fallible::collect(geometry.cluster_size() as usize, bytes)?;
+        write_at(engine, storage, &bytes, at).await?;
+    }
+    let entries = (0..layout.l2)
+        .flat_map(|n| (((layout.l2_at() + n) << geometry.cluster_bits) | COPIED).to_be_bytes());
+    let entries = fallible::collect(layout.l2 as usize * 8, entries)?;
+    write_at(engine, storage, &entries, layout.l1_at() << geometry.cluster_bits).await
 }
 
 /// Zeroes what lies between the header and `end`, where the storage may hold
@@ -451,7 +598,7 @@ pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
     let below = open_below(options, &OpenOptions::default(), None, false)?;
     let size = size(options, below.as_ref())?;
     let (geometry, width) = (options.geometry()?, options.width()?);
-    layout(geometry, width, size, false)?;
+    layout(geometry, width, size, Ahead::Nothing)?;
     let full = fully_allocated(geometry, width, size);
     if options.preallocation.takes_space() {
         return Ok((full, full));

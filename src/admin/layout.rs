@@ -47,9 +47,20 @@ impl Layout {
     }
 }
 
-/// The layout for a disk of `size` bytes, with or without a place for its data;
-/// `InvalidArgument` where no image of this geometry can be that large.
-pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, data: bool) -> Result<Layout> {
+/// What is taken ahead of the disk's use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ahead {
+    /// Nothing.
+    Nothing,
+    /// All L2 tables.
+    Tables,
+    /// And a host cluster for each guest cluster.
+    Data,
+}
+
+/// The layout for a disk of `size` bytes; `InvalidArgument` where no image of this
+/// geometry can be that large.
+pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, ahead: Ahead) -> Result<Layout> {
     let l1_entries = size.div_ceil(geometry.l2_coverage());
     if size > max_virtual_size(geometry) || l1_entries * 8 > MAX_L1_BYTES {
         return Err(Error::invalid(format!(
@@ -61,7 +72,11 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, data: bool) -
         )));
     }
     let l1 = geometry.clusters_for(l1_entries * 8);
-    let (l2, data) = if data { (l1_entries, geometry.clusters_for(size)) } else { (0, 0) };
+    let (l2, data) = match ahead {
+        Ahead::Nothing => (0, 0),
+        Ahead::Tables => (l1_entries, 0),
+        Ahead::Data => (l1_entries, geometry.clusters_for(size)),
+    };
     let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1 + l2 + data);
     let used = 1 + reftable + blocks + l1 + l2 + data;
     if reftable << geometry.cluster_bits > MAX_REFTABLE_BYTES
@@ -116,7 +131,7 @@ mod tests {
     #[test]
     fn a_small_image_has_one_cluster_of_each() {
         let width = RefcountWidth::new(4).unwrap();
-        let layout = layout(geometry(16), width, 1 << 20, false).unwrap();
+        let layout = layout(geometry(16), width, 1 << 20, Ahead::Nothing).unwrap();
         assert_eq!((layout.reftable, layout.blocks, layout.l1_entries), (1, 1, 1));
         assert_eq!((layout.l1_at(), layout.used), (3, 4));
     }
@@ -127,11 +142,15 @@ mod tests {
             for order in 0..=6 {
                 let (geometry, width) = (geometry(bits), RefcountWidth::new(order).unwrap());
                 for size in [0, 1, 1 << 20, max_virtual_size(geometry)] {
-                    let layout = layout(geometry, width, size, false).unwrap();
+                    let ahead = if size <= 1 << 20 { Ahead::Tables } else { Ahead::Nothing };
+                    let layout = layout(geometry, width, size, ahead).unwrap();
                     assert!(layout.blocks * width.entries_per(1 << bits) >= layout.used);
                     assert!(layout.reftable << bits >= layout.blocks * 8);
                 }
-                assert!(layout(geometry, width, max_virtual_size(geometry) + 512, false).is_err());
+                assert!(
+                    layout(geometry, width, max_virtual_size(geometry) + 512, Ahead::Nothing)
+                        .is_err()
+                );
             }
         }
     }

@@ -20,6 +20,7 @@ impl CreateOptions {
     /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash |
     /// | compression_type | zlib, zstd | of compressed clusters |
     /// | preallocation | off, metadata, falloc, full | what is taken ahead for data |
+    /// | data_file_raw | on, off | the data file is a raw image by itself |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value;
     /// `NotSupported`: an option or value of QEMU's that this build does not
@@ -41,18 +42,18 @@ impl CreateOptions {
                 let bad = || bad_value(name, value, "it is off, metadata, falloc or full");
                 self.preallocation = Preallocation::from_name(value).ok_or_else(bad)?;
             }
-            "data_file_raw" | "encryption" => {
+            "data_file_raw" => self.data_file_raw = switch(name, value)?,
+            "encryption" => {
                 if switch(name, value)? {
                     return Err(unsupported(name, value));
                 }
             }
-            "backing_file" | "backing_fmt" => {
+            "backing_file" | "backing_fmt" | "data_file" => {
                 let text =
-                    format!("{name:?} cannot be set by name: backing files have their own call");
+                    format!("{name:?} cannot be set by name: other files have their own calls");
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
-            "data_file"
-            | "encrypt.format"
+            "encrypt.format"
             | "encrypt.key-secret"
             | "encrypt.cipher-alg"
             | "encrypt.cipher-mode"
@@ -157,7 +158,7 @@ mod tests {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
         for (name, value) in
-            [("data_file_raw", "on"), ("encrypt.format", "luks"), ("backing_file", "base")]
+            [("data_file", "data"), ("encrypt.format", "luks"), ("backing_file", "base")]
         {
             assert_eq!(kind(name, value), ErrorKind::NotSupported, "{name}={value}");
         }

@@ -156,7 +156,7 @@ impl Filling {
                 None => Cluster::None { zero },
                 Some(host) => {
                     let alloc = if stored { all } else { 0 };
-                    Cluster::Standard { host, copied: true, alloc, zero }
+                    Cluster::Standard { host: host.into(), copied: true, alloc, zero }
                 }
             };
             let entry = self.format.encode(cluster);

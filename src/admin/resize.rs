@@ -65,7 +65,7 @@ impl Image {
     /// of this geometry is that large; `Limit` past "max-virtual-size" and
     /// "max-metadata-size"; `NoSpace`; `ReadOnly`; `Cancelled`; `NotSupported` for
     /// version 2 images that have snapshots, or a backing file that is longer than the
-    /// disk was; for images with bitmaps; for raw images, modes and storages that cannot
+    /// disk was; for images with bitmaps or a data file; for raw images, modes and storages that cannot
     /// do it. After any of these the image is as it was.
     pub fn resize(&self, size: u64, options: &ResizeOptions, progress: Progress<'_>) -> Result<()> {
         self.alter(|disk| block_on(disk.resize(&Blocking, size, options, progress)).into())
@@ -138,6 +138,9 @@ impl Disk {
             return Err(Error::invalid("a disk that becomes shorter has nothing to preallocate"));
         }
         views::refuse(&self.view, "changing its size")?;
+        if self.top().is_some_and(|image| image.format.data_file) {
+            return unsupported("the size of an image with a data file cannot be changed yet");
+        }
         if size > self.options.max_virtual_size {
             let text = format!("a disk of {size} bytes exceeds \"max-virtual-size\"");
             return Err(Error::new(ErrorKind::Limit, text));

@@ -86,9 +86,36 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_backing(
     })
 }
 
+/// [OBJ] The file that guest data will be in; *storage is consumed, and what
+/// it holds is lost when an image is made.  name: as it is to be written into
+/// the header, for those who open the image later.  Not for version 2 (compat
+/// 0.10).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_set_data_file(
+    o: *mut qcow2rs_create_opts,
+    name: *const c_char,
+    storage: *mut *mut qcow2rs_storage,
+) -> c_int {
+    entry!(|call| {
+        // The storage first: it is consumed whatever else is wrong.
+        let source = call.consume(storage);
+        let opts = call.held(o)?;
+        let name = call.string(name, "name")?.to_bytes();
+        if name.is_empty() || name.len() > MAX_BACKING_NAME {
+            return Err(Error::invalid(format!(
+                "the name of a data file has 1 to {MAX_BACKING_NAME} bytes, not {}",
+                name.len()
+            )));
+        }
+        settings(&opts).data_file = Some((name.to_vec(), source?));
+        Ok(0)
+    })
+}
+
 /// [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
 /// (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
-/// compression_type (zlib|zstd), preallocation (off|metadata|falloc|full).
+/// compression_type (zlib|zstd), data_file_raw,
+/// preallocation (off|metadata|falloc|full).
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
 /// of QEMU's that this build does not have.  What goes together is checked by
 /// create.

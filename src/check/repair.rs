@@ -185,6 +185,8 @@ impl<E: Engine> Check<'_, E> {
     async fn write_l2_flags(&mut self, table: u64) -> Result<()> {
         let old = self.l2_entries(table).await?;
         let flagged = |entry: &Entry| match entry.is_standard() {
+            // Nobody shares what is in a data file.
+            true if entry.is_external() => entry.with_descriptor(entry.descriptor() | COPIED),
             true => entry.with_descriptor(self.flagged(entry.descriptor(), entry.offset())),
             false => *entry,
         };

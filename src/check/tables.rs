@@ -58,6 +58,11 @@ impl Entry {
         self.descriptor & OFFSET_MASK
     }
 
+    /// Whether its host cluster is in the external data file.
+    pub(super) fn is_external(self) -> bool {
+        self.external
+    }
+
     pub(super) fn descriptor(self) -> u64 {
         self.descriptor
     }

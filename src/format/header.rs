@@ -184,9 +184,6 @@ impl Header {
             2 => return Err(unsupported("the image is encrypted (LUKS)")),
             method => return Err(bad(format!("encryption method {method} does not exist"))),
         }
-        if self.external_data_file() {
-            return Err(unsupported("the image keeps its data in an external data file"));
-        }
         Compression::of(self.compression)?;
         if !writable {
             return Ok(());

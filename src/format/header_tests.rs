@@ -233,7 +233,6 @@ fn what_this_build_cannot_do_is_refused_by_name() {
     let features = [
         (Header { crypt_method: 1, ..header(16) }, "AES"),
         (Header { crypt_method: 2, ..header(16) }, "LUKS"),
-        (Header { incompatible: incompatible::EXTERNAL_DATA, ..header(16) }, "data file"),
     ];
     for (header, word) in features {
         for writable in [false, true] {

@@ -8,7 +8,7 @@ use super::compressed;
 use super::limits::OFFSET_MASK;
 use super::subcluster::{self, Mask, Subcluster};
 use crate::error::{Error, Result};
-use crate::geometry::{Geometry, HostOffset};
+use crate::geometry::{DataOffset, Geometry, GuestCluster, HostOffset};
 
 /// Refcount is exactly one: the cluster may be written in place. In L1, too.
 pub const COPIED: u64 = 1 << 63;
@@ -38,7 +38,7 @@ pub enum Cluster {
     /// A host cluster.
     Standard {
         /// Where it begins.
-        host: HostOffset,
+        host: DataOffset,
         /// Whether it may be written in place (refcount exactly one).
         copied: bool,
         /// Subclusters stored in it.
@@ -57,6 +57,9 @@ pub struct L2Format {
     pub geometry: Geometry,
     /// Header version: version 2 knows no zero clusters.
     pub version: u32,
+    /// Guest data lies in a file of its own, each cluster where the guest has it.
+    /// There offset 0 with the COPIED flag is a place; and none is shared.
+    pub data_file: bool,
 }
 
 impl L2Format {
@@ -76,13 +79,13 @@ impl L2Format {
         let (alloc, zero) = if self.geometry.extended_l2 {
             (bitmap as u32, (bitmap >> 32) as u32)
         } else if descriptor & ZERO == 0 {
-            ((descriptor & OFFSET_MASK != 0) as u32, 0)
+            (self.place(descriptor).is_some() as u32, 0)
         } else if self.version < 3 {
             return Err(Error::corrupt("a version 2 image has an L2 entry with the zero flag"));
         } else {
             (0, 1)
         };
-        let Some(host) = HostOffset::new(descriptor & OFFSET_MASK) else {
+        let Some(host) = self.place(descriptor) else {
             return match alloc {
                 0 => Ok(Cluster::None { zero }),
                 _ => Err(Error::corrupt(format!(
@@ -100,16 +103,57 @@ impl L2Format {
                 "an L2 entry has subclusters both allocated and zero ({bitmap:#018x})"
             )));
         }
-        Ok(Cluster::Standard { host, copied: descriptor & COPIED != 0, alloc, zero })
+        let copied = descriptor & COPIED != 0 || self.data_file;
+        Ok(Cluster::Standard { host, copied, alloc, zero })
+    }
+
+    /// As `decode`, for the entry of `cluster`: in a data file it has one place only, and
+    /// nothing is compressed.
+    #[inline]
+    pub fn decode_at(self, entry: L2Entry, cluster: GuestCluster) -> Result<Cluster> {
+        let decoded = self.decode(entry)?;
+        if self.data_file && !mutant!(DataFilePlaceBelieved) {
+            self.check_data_file(&decoded, cluster)?;
+        }
+        Ok(decoded)
+    }
+
+    fn check_data_file(self, decoded: &Cluster, cluster: GuestCluster) -> Result<()> {
+        let place = self.geometry.guest_start(cluster);
+        match *decoded {
+            Cluster::Standard { host, .. } if host.get() != place.0 => {
+                Err(Error::corrupt(format!(
+                    "an L2 entry points to {host} in the external data file, where {place} is the \
+                     only place"
+                )))
+            }
+            Cluster::Compressed(_) => {
+                let text = "an L2 entry is compressed, in an image with an external data file";
+                Err(Error::corrupt(text))
+            }
+            Cluster::Standard { .. } | Cluster::None { .. } => Ok(()),
+        }
+    }
+
+    /// The place that an entry that is not compressed names.
+    #[inline]
+    fn place(self, descriptor: u64) -> Option<DataOffset> {
+        if let Some(host) = HostOffset::new(descriptor & OFFSET_MASK) {
+            return Some(host.into());
+        }
+        // With the zero flag QEMU takes it for none.
+        let plain_zero = !self.geometry.extended_l2 && descriptor & ZERO != 0;
+        let is_place = self.data_file && descriptor & COPIED != 0 && !plain_zero;
+        is_place.then_some(DataOffset::in_data_file(0))
     }
 
     /// The common case of `decode`: `len` bytes (at least 1) of the cluster, from
     /// the position `from` on, are all stored in its host cluster: where, and may they
     /// be written in place? `None`: anything else; ask `decode`.
     #[inline]
-    pub fn stored(self, entry: L2Entry, from: u64, len: u64) -> Option<(HostOffset, bool)> {
+    pub fn stored(self, entry: L2Entry, from: u64, len: u64) -> Option<(DataOffset, bool)> {
         let L2Entry { descriptor, bitmap } = entry;
-        let host = HostOffset::new(descriptor & OFFSET_MASK)?;
+        let host = self.place(descriptor)?;
         let (flags, wanted) = if self.geometry.extended_l2 {
             let bits = self.geometry.subcluster_bits();
             let last = from.checked_add(len)?.checked_sub(1)? >> bits;
@@ -123,7 +167,8 @@ impl L2Format {
             && alloc & wanted == wanted
             && alloc & zero == 0
             && self.geometry.in_cluster(host.get()) == 0;
-        if plain { Some((host.checked_add(from)?, descriptor & COPIED != 0)) } else { None }
+        let copied = descriptor & COPIED != 0 || self.data_file;
+        if plain { Some((host.checked_add(from)?, copied)) } else { None }
     }
 
     /// The entry for what is to be said. Compressed data has to be
@@ -185,7 +230,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn format(extended_l2: bool) -> L2Format {
-        L2Format { geometry: Geometry { cluster_bits: 16, extended_l2 }, version: 3 }
+        L2Format {
+            geometry: Geometry { cluster_bits: 16, extended_l2 },
+            version: 3,
+            data_file: false,
+        }
     }
 
     #[test]
@@ -227,7 +276,7 @@ mod tests {
 
     #[test]
     fn each_kind_of_extended_subcluster_is_told_apart() {
-        let host = HostOffset::new(0x50000).unwrap();
+        let host = HostOffset::new(0x50000).unwrap().into();
         let cluster = Cluster::Standard { host, copied: true, alloc: 0b001, zero: 0b010 };
         assert_eq!(cluster.run(0, 32), (Subcluster::Normal, 1));
         assert_eq!(cluster.run(1, 32), (Subcluster::ZeroReserved, 1));
@@ -249,14 +298,14 @@ mod tests {
             prop_assert_eq!(format.decode(format.encode(none)).unwrap(), none);
             // A standard entry with a host cluster is either normal or zero.
             let alloc = if extended { alloc } else { !zero & 1 };
-            let host = HostOffset::new(host << 16).unwrap();
+            let host = HostOffset::new(host << 16).unwrap().into();
             let standard = Cluster::Standard { host, copied, alloc, zero };
             prop_assert_eq!(format.decode(format.encode(standard)).unwrap(), standard);
         }
 
         #[test]
         fn runs_agree_with_single_subclusters(a: u32, z: u32, from in 0u32..32) {
-            let host = HostOffset::new(0x50000).unwrap();
+            let host = HostOffset::new(0x50000).unwrap().into();
             let cluster = Cluster::Standard { host, copied: true, alloc: a & !z, zero: z };
             let (kind, len) = cluster.run(from, 32);
             prop_assert!(len >= 1 && from + len <= 32);

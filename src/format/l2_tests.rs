@@ -8,25 +8,31 @@ use super::l2::{COPIED, Cluster, L2Entry, L2Format};
 use super::limits::{MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, OFFSET_MASK};
 use super::subcluster::Subcluster;
 use crate::error::ErrorKind;
-use crate::geometry::{Geometry, HostOffset};
+use crate::geometry::{DataOffset, Geometry, HostOffset};
 
 const COMPRESSED: u64 = 1 << 62;
 
 fn format(cluster_bits: u32, extended_l2: bool) -> L2Format {
-    L2Format { geometry: Geometry { cluster_bits, extended_l2 }, version: 3 }
+    L2Format { geometry: Geometry { cluster_bits, extended_l2 }, version: 3, data_file: false }
 }
 
-const STANDARD: L2Format =
-    L2Format { geometry: Geometry { cluster_bits: 16, extended_l2: false }, version: 3 };
-const EXTENDED: L2Format =
-    L2Format { geometry: Geometry { cluster_bits: 16, extended_l2: true }, version: 3 };
+const STANDARD: L2Format = L2Format {
+    geometry: Geometry { cluster_bits: 16, extended_l2: false },
+    version: 3,
+    data_file: false,
+};
+const EXTENDED: L2Format = L2Format {
+    geometry: Geometry { cluster_bits: 16, extended_l2: true },
+    version: 3,
+    data_file: false,
+};
 
 fn decode(format: L2Format, descriptor: u64, bitmap: u64) -> Result<Cluster, ErrorKind> {
     format.decode(L2Entry { descriptor, bitmap }).map_err(|error| error.kind())
 }
 
-fn host(offset: u64) -> HostOffset {
-    HostOffset::new(offset).unwrap()
+fn host(offset: u64) -> DataOffset {
+    HostOffset::new(offset).unwrap().into()
 }
 
 fn standard(offset: u64, copied: bool, alloc: u32, zero: u32) -> Result<Cluster, ErrorKind> {

@@ -55,6 +55,7 @@ impl Disk {
                 "a raw image has no compressed clusters",
             ));
         };
+        image.refuse_data_file("compressed clusters")?;
         let (geometry, end) = (image.geometry(), offset + data.len() as u64);
         let parts = [offset, end].map(|at| geometry.in_cluster(at) != 0);
         if !data.is_empty() && (parts[0] || parts[1] && end != image.size) {

@@ -13,7 +13,7 @@ use super::write::{Part, keep_or_give_back};
 use crate::error::Result;
 use crate::format::l2::Cluster;
 use crate::format::subcluster::{self, Subcluster};
-use crate::geometry::{GuestOffset, HostOffset};
+use crate::geometry::{DataOffset, GuestOffset};
 use crate::io::engine::{Engine, Piece, Target};
 use crate::sys::memory::{Block, BlockSlice};
 
@@ -59,7 +59,7 @@ impl Disk {
     ) -> Result<Edges<'a>> {
         let sub = part.image.geometry().subcluster_size();
         let head = part.offset.0 & !(sub - 1)..part.offset.0;
-        let tail = part.end()..part.end().div_ceil(sub) * sub;
+        let tail = part.end()..part.image.last_byte_to_store(part.end().div_ceil(sub) * sub);
         let head_is = self.edge(engine, part, head.clone()).await?;
         let tail_is = self.edge(engine, part, tail.clone()).await?;
         if (head_is, tail_is) == (Edge::Copied, Edge::Copied) && part.data.len() <= READ_ACROSS {
@@ -199,7 +199,7 @@ impl Disk {
         let alloc = stored | part.mask_in(0);
         mutant!(FreedBeforeReplaced => part.writing.allocator.limbo.announce(freed.clone()));
         let allocation = image.allocate(engine, 1).await?;
-        let host = allocation.start()?;
+        let host = allocation.start()?.into();
         let moved = async {
             for run in subcluster::runs(alloc) {
                 self.write_run(engine, part, host, run).await?;
@@ -223,7 +223,7 @@ impl Disk {
         &self,
         engine: &E,
         part: &Part<'_>,
-        host: HostOffset,
+        host: DataOffset,
         run: Range<u32>,
     ) -> Result<()> {
         let geometry = part.image.geometry();

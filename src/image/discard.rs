@@ -13,8 +13,8 @@ use super::qcow2::{Qcow2, Writing};
 use crate::alloc::limbo::Limbo;
 use crate::error::{ErrorKind, Result};
 use crate::format::l2::Cluster;
-use crate::format::subcluster::{self, Mask};
-use crate::geometry::{GuestCluster, GuestOffset, HostOffset};
+use crate::format::subcluster::{self, Mask, Subcluster};
+use crate::geometry::{DataOffset, GuestCluster, GuestOffset};
 use crate::io::engine::{Engine, ZeroMode};
 
 /// File systems give space back in blocks of this many bytes.
@@ -49,6 +49,9 @@ impl Disk {
         writing.allocator.health.check()?;
         if image.format.version < 3 && image.has_backing() {
             // Freeing would show the backing file's old data: keep ours.
+            return Ok(());
+        }
+        if !image.can_discard(writing) {
             return Ok(());
         }
         let geometry = image.geometry();
@@ -103,6 +106,11 @@ impl Disk {
         let has_backing = image.has_backing();
         let table = image.table_for_writing(engine, image.geometry().l1_index(first)).await?;
         let _claim = writing.claims.acquire(Region::whole(first, count, all)).await;
+        if image.is_raw_data() {
+            let size = image.geometry().cluster_size();
+            let bytes = first.0 * size..(first.0 + count) * size;
+            return image.zero_raw(engine, writing, bytes, true).await;
+        }
         let mut freed = Vec::new();
         let mut kept = Vec::new();
         image
@@ -156,6 +164,17 @@ impl Disk {
         // The whole cluster: neighbours may be punched too, or the cluster freed.
         let region = if mutant!(SubclusterDiscardClaimsNothing) { 0 } else { all };
         let _claim = writing.claims.acquire(Region::whole(cluster, 1, region)).await;
+        if image.is_raw_data() {
+            let old = image.entry(engine, table, cluster).await?;
+            let stored = (0..geometry.subclusters())
+                .filter(|index| old.subcluster(*index) == Subcluster::Normal)
+                .fold(0, |stored, index| stored | subcluster::mask(index..index + 1));
+            for run in subcluster::runs(stored & wanted) {
+                let bytes = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
+                image.zero_raw(engine, writing, bytes, true).await?;
+            }
+            return Ok(());
+        }
         let mut freed = Vec::new();
         let mut punch = None;
         image
@@ -198,7 +217,7 @@ impl Qcow2 {
         &self,
         engine: &E,
         writing: &Writing,
-        host: HostOffset,
+        host: DataOffset,
         set: Mask,
     ) {
         let sub = self.geometry().subcluster_size();
@@ -216,13 +235,15 @@ impl Qcow2 {
         }
     }
 
-    async fn punch<E: Engine>(&self, engine: &E, writing: &Writing, bytes: Range<u64>) {
+    /// Makes a hole where guest data was.
+    pub(super) async fn punch<E: Engine>(&self, engine: &E, writing: &Writing, bytes: Range<u64>) {
         let length = bytes.end - bytes.start;
-        let own = writing.allocator.overlap.check_data(bytes.start, length).is_ok();
-        if writing.punch && own && self.storage.can_punch() {
+        let overlap = &writing.allocator.overlap;
+        let own = self.format.data_file || overlap.check_data(bytes.start, length).is_ok();
+        if length > 0 && writing.punch && own && self.data().can_punch() {
             // Not a discard, which may leave anything: until the next flush a crash
             // brings the old entry back.
-            let _ = self.storage.zero(engine, bytes.start, length, ZeroMode::Punch).await;
+            let _ = self.data().zero(engine, bytes.start, length, ZeroMode::Punch).await;
         }
     }
 
@@ -235,6 +256,10 @@ impl Qcow2 {
         writing: &Writing,
         clusters: &[Cluster],
     ) -> Result<()> {
+        if self.format.data_file {
+            self.punch_data_file(engine, writing, clusters).await;
+            return Ok(());
+        }
         let geometry = self.geometry();
         let mut own: Vec<Range<u64>> = Vec::new();
         for cluster in clusters {

@@ -12,7 +12,7 @@ use super::views::View;
 use crate::alloc::health::Health;
 use crate::error::{Error, Result};
 use crate::format::subcluster::Subcluster;
-use crate::geometry::{GuestOffset, HostOffset};
+use crate::geometry::{DataOffset, GuestOffset, HostOffset};
 use crate::here::here;
 use crate::io::engine::Engine;
 use crate::io::storage::Storage;
@@ -102,6 +102,29 @@ impl Layer {
         }
     }
 
+    /// Where its guest data is.
+    #[inline]
+    pub fn data(&self) -> &Storage {
+        match self {
+            Layer::Qcow2(image) => image.data(),
+            Layer::Raw(raw) => &raw.storage,
+        }
+    }
+
+    /// Its external data file.
+    pub fn data_file(&self) -> Option<&Storage> {
+        match self {
+            Layer::Qcow2(image) => image.data_file.as_deref(),
+            Layer::Raw(_) => None,
+        }
+    }
+
+    /// Makes the locks of its files what these need, after `Storage::change_access`.
+    pub(super) fn settle_locks(&self) -> Result<()> {
+        self.data_file().map_or(Ok(()), Storage::settle_lock)?;
+        self.storage().settle_lock()
+    }
+
     /// Bytes of its virtual disk.
     pub fn size(&self) -> u64 {
         match self {
@@ -125,7 +148,7 @@ impl Layer {
             Layer::Raw(raw) => Ok(Lookup::Run(Run {
                 kind: Subcluster::Normal,
                 len: max.min(raw.size - offset.0),
-                host: HostOffset::new(offset.0),
+                host: Some(DataOffset::in_data_file(offset.0)),
                 copied: true,
                 compressed: None,
             })),

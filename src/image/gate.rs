@@ -1,4 +1,4 @@
-//! The one gate for files that an image names.
+//! The one gate for files that an image names: backing files and data files.
 //!
 //! A name from an image is an opaque string of bytes: it is never parsed as a
 //! URL, as JSON or as a protocol, its format is never probed, and unless the
@@ -9,12 +9,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::options::{Format, OpenOptions, Policy, Reference};
+use super::options::{Format, OpenOptions, Policy, Reference, ReferenceKind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::storage::Source;
 
-/// What a reference stands for: a source and its format. `directory`: that of
-/// the referring image, if it has one.
+/// What a reference stands for: a source and its format, which is raw for a data file.
+/// `directory`: that of the referring image, if it has one.
 pub fn resolve(
     options: &OpenOptions,
     reference: &Reference,
@@ -39,16 +39,24 @@ pub fn resolve(
                 // A refusal is one, whoever decides.
                 let kind = match error.kind() {
                     ErrorKind::Policy => ErrorKind::Policy,
-                    _ => ErrorKind::Backing(error.errno()),
+                    _ => kind_of(reference, error.errno()),
                 };
                 error.wrap_as(kind, format!("{referrer}: resolving {name:?}"))
             })?;
-            return match format {
-                Some(format) => Ok((source, format)),
-                None => Err(no_format(reference, &name)),
+            return match (format, reference.kind) {
+                (Some(Format::Qcow2), ReferenceKind::Data) => Err(Error::new(
+                    kind_of(reference, libc::EINVAL),
+                    format!("{referrer}: the data file {name:?} is a raw file, not qcow2"),
+                )),
+                (_, ReferenceKind::Data) => Ok((source, Format::Raw)),
+                (Some(format), ReferenceKind::Backing) => Ok((source, format)),
+                (None, ReferenceKind::Backing) => Err(no_format(reference, &name)),
             };
         }
     };
+    if reference.kind == ReferenceKind::Data {
+        return Ok((source, Format::Raw));
+    }
     // What the caller says is for images that store no format, only.
     let format = match (format, &reference.format) {
         (Some(format), _) => Some(format),
@@ -56,6 +64,14 @@ pub fn resolve(
         (None, Some(_)) => None,
     };
     format.map(|format| (source, format)).ok_or_else(|| no_format(reference, &name))
+}
+
+/// The trouble of an image whose file cannot be had.
+fn kind_of(reference: &Reference, errno: i32) -> ErrorKind {
+    match reference.kind {
+        ReferenceKind::Backing => ErrorKind::Backing(errno),
+        ReferenceKind::Data => ErrorKind::DataFile(errno),
+    }
 }
 
 fn no_format(reference: &Reference, name: &str) -> Error {

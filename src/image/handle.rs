@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 
 use super::attached::{Queues, poisoned};
+use super::data_file::data_access;
 use super::disk::{Disk, Layer};
 use super::info::{Info, Stats, StoredReference};
 use super::open::access;
@@ -95,10 +96,15 @@ impl Image {
         Ok(Image::from_disk(disk))
     }
 
-    /// As `open`, on a storage that is open, and locked, already.
-    pub(crate) fn open_storage(storage: Storage, options: &OpenOptions) -> Result<Image> {
+    /// As `open`, on a storage that is open, and locked, already; and its data file, if
+    /// it has one (that of an image that has none is closed).
+    pub(crate) fn open_storages(
+        storage: Storage,
+        data_file: Option<Storage>,
+        options: &OpenOptions,
+    ) -> Result<Image> {
         options.validate()?;
-        let disk = block_on(Disk::open_storage(&Blocking, storage, options))?;
+        let disk = block_on(Disk::open_storages(&Blocking, storage, data_file, options))?;
         Ok(Image::from_disk(disk))
     }
 
@@ -293,10 +299,16 @@ impl Image {
         block_on(old.settle(&Blocking))?;
         let Some(top) = old.layers.first() else { return Err(closed()) };
         let storage = top.storage().change_access(access(options))?;
-        let opened = block_on(Disk::open_storage(&Blocking, storage, options)).and_then(|disk| {
-            disk.layers.first().map_or(Ok(()), |top| top.storage().settle_lock())?;
-            Ok(disk)
-        });
+        let data_file = match top.data_file() {
+            Some(file) => file.change_access(data_access(options)).map(Some),
+            None => Ok(None),
+        };
+        let opened = data_file
+            .and_then(|file| block_on(Disk::open_storages(&Blocking, storage, file, options)))
+            .and_then(|disk| {
+                disk.layers.first().map_or(Ok(()), Layer::settle_locks)?;
+                Ok(disk)
+            });
         match opened {
             Ok(disk) => {
                 all.replace(Some(Arc::new(disk)));
@@ -305,7 +317,7 @@ impl Image {
             Err(error) => {
                 // The lock was held all the time; should it not go back to what it
                 // was, it is too strong at worst.
-                _ = top.storage().settle_lock();
+                _ = top.settle_locks();
                 Err(error)
             }
         }

@@ -7,6 +7,7 @@ use super::disk::{Disk, Layer};
 use super::options::Format;
 use super::qcow2::Qcow2;
 use crate::error::{Error, Result};
+use crate::io::storage::Storage;
 
 /// What an open image is. Sizes are in bytes.
 #[derive(Clone, Debug)]
@@ -66,6 +67,8 @@ pub struct Qcow2Info {
     pub crypt_method: u32,
     /// The backing file as the header names it.
     pub backing: Option<StoredReference>,
+    /// The name of the external data file as the header has it.
+    pub data_file: Option<Vec<u8>>,
 }
 
 /// A reference exactly as the header stores it.
@@ -121,6 +124,7 @@ impl Qcow2 {
                 name: backing.name.clone(),
                 format: backing.format.clone(),
             }),
+            data_file: header.extensions.data_file.clone(),
         }
     }
 }
@@ -146,7 +150,7 @@ impl Disk {
             file_name: storage.name().to_owned(),
             qcow2,
             chain_depth: self.layers.len() as u32 - 1,
-            buffer_alignment: storage.buffer_alignment(),
+            buffer_alignment: storage.buffer_alignment().max(top.data().buffer_alignment()),
             optimal_io_size: if granule > 1 { granule } else { 0 },
             discard_alignment: granule,
         })
@@ -168,6 +172,13 @@ impl Disk {
         stats.storage_writes = storage.writes;
         stats.storage_write_bytes = storage.write_bytes;
         stats.storage_syncs = storage.syncs;
+        if let Some(data) = top.data_file().map(Storage::counters) {
+            stats.storage_reads += data.reads;
+            stats.storage_read_bytes += data.read_bytes;
+            stats.storage_writes += data.writes;
+            stats.storage_write_bytes += data.write_bytes;
+            stats.storage_syncs += data.syncs;
+        }
         let Layer::Qcow2(image) = top else { return stats };
         stats.l2_cache_misses = image.misses.load(Relaxed);
         // A request looks into one slice, by far the most often.

@@ -60,6 +60,9 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         json.member("extended-l2").switch(qcow2.extended_l2);
     }
     if qcow2.incompatible & incompatible::EXTERNAL_DATA != 0 {
+        if let Some(name) = &qcow2.data_file {
+            json.member("data-file").string(&String::from_utf8_lossy(name));
+        }
         json.member("data-file-raw").switch(qcow2.autoclear & autoclear::RAW_EXTERNAL_DATA != 0);
     }
 }
@@ -173,6 +176,7 @@ mod tests {
             autoclear: 0,
             crypt_method: 0,
             backing: None,
+            data_file: None,
         }
     }
 

@@ -15,7 +15,7 @@ use crate::io::storage::Storage;
 /// Where a range is stored in one piece.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
-    /// In the storage of this layer.
+    /// In the storage of this layer's data.
     pub layer: usize,
     /// From there on.
     pub at: u64,
@@ -80,7 +80,7 @@ impl Disk {
     /// The storage that a place is in.
     #[inline]
     pub fn storage(&self, place: Place) -> Option<&Storage> {
-        self.layers.get(place.layer).map(Layer::storage)
+        self.layers.get(place.layer).map(Layer::data)
     }
 
     /// Where a range is stored, for a request that is inside.
@@ -98,11 +98,7 @@ impl Disk {
         if part.run.kind != Subcluster::Normal || part.run.len != len {
             return None;
         }
-        let at = match self.layers.get(part.layer)? {
-            Layer::Qcow2(_) => part.run.host?.get(),
-            Layer::Raw(_) => offset,
-        };
-        Some(Place { layer: part.layer, at })
+        Some(Place { layer: part.layer, at: part.run.host?.get() })
     }
 
     /// Where a range is stored that may be written in place, for a request that is
@@ -116,7 +112,7 @@ impl Disk {
         }
         writing.allocator.health.check().ok()?;
         let (host, true) = image.stored(GuestOffset(offset), len)? else { return None };
-        writing.allocator.check_data(host.get(), len).ok()?;
+        image.check_data(writing, host, len).ok()?;
         Some(Place { layer: 0, at: host.get() })
     }
 

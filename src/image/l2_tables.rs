@@ -68,7 +68,7 @@ impl Qcow2 {
         let Some(table) = table else { return };
         let geometry = self.geometry();
         writing.allocator.overlap.remove(table.get(), geometry.cluster_size(), Metadata::L2);
-        let number = geometry.host_cluster(table).0;
+        let number = geometry.host_cluster(table.into()).0;
         writing.allocator.limbo.announce(number..number + 1);
     }
 

@@ -4,6 +4,7 @@ pub(crate) mod attached;
 mod claims;
 mod compress;
 mod cow;
+pub(crate) mod data_file;
 mod discard;
 pub(crate) mod disk;
 pub(crate) mod feature_bits;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
+use super::data_file::open_data_file;
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
 use super::open_writable::begin_writing;
@@ -52,6 +53,7 @@ pub fn access(options: &OpenOptions) -> Access {
         lock: options.lock,
         no_flush: options.no_flush,
         fixed_length: options.format == Format::Raw,
+        shares_writes: false,
     }
 }
 
@@ -89,7 +91,7 @@ impl Disk {
             let (source, format) = gate::resolve(options, &reference, directory)?;
             let below = below(options, format);
             let storage = Storage::open(source, access(&below))?;
-            Disk::open_chain(engine, storage, &below, 1).await
+            Disk::open_chain(engine, storage, None, &below, 1).await
         }
         .await;
         opened.map_err(|error| below_error(error, referrer, &String::from_utf8_lossy(name), 0))
@@ -101,19 +103,39 @@ impl Disk {
         storage: Storage,
         options: &OpenOptions,
     ) -> Result<Disk> {
-        Disk::open_chain(engine, storage, options, 0).await
+        Disk::open_chain(engine, storage, None, options, 0).await
     }
 
-    /// `depth`: how many images there are above.
+    /// As `open_storage`, with a data file that is open already, too.
+    pub async fn open_storages<E: Engine>(
+        engine: &E,
+        storage: Storage,
+        data_file: Option<Storage>,
+        options: &OpenOptions,
+    ) -> Result<Disk> {
+        Disk::open_chain(engine, storage, data_file.map(Arc::new), options, 0).await
+    }
+
+    /// `data_file`: that of the first image, if it is open already. `depth`: how many
+    /// images there are above.
     async fn open_chain<E: Engine>(
         engine: &E,
         storage: Storage,
+        data_file: Option<Arc<Storage>>,
         options: &OpenOptions,
         depth: u32,
     ) -> Result<Disk> {
         let mut budget = Budget(options.max_metadata_size);
         let mut seen = Vec::from_iter(storage.identity());
-        let mut layers = vec![open_layer(engine, storage, options, &mut budget).await?];
+        seen.extend(data_file.as_ref().and_then(|file| file.identity()));
+        let mut first = open_layer(engine, storage, options, &mut budget).await?;
+        match (&mut first, data_file) {
+            (Layer::Qcow2(image), Some(file)) if image.header.external_data_file() => {
+                own(image)?.data_file = Some(file);
+            }
+            _ => add_data_file(&mut first, options, depth, &mut seen)?,
+        }
+        let mut layers = vec![first];
         while let Some(reference) = next_reference(&layers, options, depth)? {
             let depth = reference.depth;
             let name = String::from_utf8_lossy(&reference.name).into_owned();
@@ -124,16 +146,16 @@ impl Disk {
                 let below = below(options, format);
                 let storage = open_once(source, access(&below), &seen)?;
                 seen.extend(storage.identity());
-                open_layer(engine, storage, &below, &mut budget).await
+                let mut layer = open_layer(engine, storage, &below, &mut budget).await?;
+                add_data_file(&mut layer, &below, depth + 1, &mut seen)?;
+                Ok(layer)
             }
             .await;
             layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
         }
         // The chain is there: nothing is refused any more but for the image itself.
         if let (Some(Layer::Qcow2(image)), true) = (layers.first_mut(), will_write(options)) {
-            let shared = || Error::new(ErrorKind::Busy, "an image is in use while it is opened");
-            let image = Arc::get_mut(image).ok_or_else(shared)?;
-            begin_writing(engine, image, options, &mut budget).await?;
+            begin_writing(engine, own(image)?, options, &mut budget).await?;
         }
         Ok(Disk::new(layers, options.clone()))
     }
@@ -150,6 +172,7 @@ impl Disk {
         let first = read(engine, &old.storage, 0, Header::READ_FIRST).await?;
         let storage = old.storage.clone();
         let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
+        image.data_file = old.data_file.clone();
         if will_write(options) {
             begin_writing(engine, &mut image, options, &mut budget).await?;
         }
@@ -172,8 +195,30 @@ impl Disk {
     }
 }
 
+/// An image that nobody else has yet.
+fn own(image: &mut Arc<Qcow2>) -> Result<&mut Qcow2> {
+    let shared = || Error::new(ErrorKind::Busy, "an image is in use while it is opened");
+    Arc::get_mut(image).ok_or_else(shared)
+}
+
+fn add_data_file(
+    layer: &mut Layer,
+    options: &OpenOptions,
+    depth: u32,
+    seen: &mut Vec<(u64, u64)>,
+) -> Result<()> {
+    let Layer::Qcow2(image) = layer else { return Ok(()) };
+    let file = open_data_file(&image.storage, &image.header, options, depth, seen)?;
+    own(image)?.data_file = file;
+    Ok(())
+}
+
 /// Opens a storage that is not in the chain yet; `ChainDepth` if it is.
-fn open_once(source: Arc<Source>, access: Access, seen: &[(u64, u64)]) -> Result<Storage> {
+pub(super) fn open_once(
+    source: Arc<Source>,
+    access: Access,
+    seen: &[(u64, u64)],
+) -> Result<Storage> {
     let in_chain = |storage: &Storage| storage.identity().is_some_and(|it| seen.contains(&it));
     let storage = match Storage::open(source.clone(), access) {
         // Our own lock may be in the way: the topmost image is open for writing.
@@ -189,7 +234,7 @@ fn open_once(source: Arc<Source>, access: Access, seen: &[(u64, u64)]) -> Result
     if in_chain(&storage) {
         return Err(Error::new(
             ErrorKind::ChainDepth,
-            format!("{} is below itself: the chain is a loop", storage.name()),
+            format!("{} is in the chain already: the chain is a loop", storage.name()),
         ));
     }
     Ok(storage)
@@ -218,6 +263,7 @@ fn below_error(error: Error, referrer: &str, name: &str, depth: u32) -> Error {
         | ErrorKind::ChainDepth
         | ErrorKind::Limit
         | ErrorKind::Backing(_)
+        | ErrorKind::DataFile(_)
         | ErrorKind::OutOfMemory => error.context(context),
         _ => {
             let kind = ErrorKind::Backing(error.errno());
@@ -330,7 +376,12 @@ async fn open_qcow2<E: Engine>(
 
     Ok(Qcow2 {
         storage,
-        format: L2Format { geometry, version: header.version },
+        data_file: None,
+        format: L2Format {
+            geometry,
+            version: header.version,
+            data_file: header.external_data_file(),
+        },
         size: header.virtual_size(),
         header,
         l1,

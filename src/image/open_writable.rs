@@ -48,6 +48,9 @@ pub(super) async fn begin_writing<E: Engine>(
     // is there, but not durable. Autoclear bits that it has cleared must not be back
     // beside a change of ours, and what our guest has read a flush must make durable.
     mutant!(OpenedTakenForDurable => return Ok(()));
+    if let Some(data) = &image.data_file {
+        data.sync(engine).await?;
+    }
     image.storage.sync(engine).await
 }
 

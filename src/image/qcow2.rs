@@ -17,7 +17,7 @@ use crate::format::l2::{COPIED, Cluster, L2Entry, L2Format};
 use crate::format::limits::OFFSET_MASK;
 use crate::format::snapshot::Snapshot;
 use crate::format::subcluster::Subcluster;
-use crate::geometry::{Geometry, GuestCluster, GuestOffset, HostOffset};
+use crate::geometry::{DataOffset, Geometry, GuestCluster, GuestOffset, HostOffset};
 use crate::io::engine::{Engine, Target};
 use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
@@ -29,6 +29,8 @@ use crate::sys::memory::Block;
 pub struct Qcow2 {
     /// Where its bytes are; shared with the snapshots of it that are open.
     pub storage: Arc<Storage>,
+    /// Where guest data is, if that is not in there. (Not opened for a mere check.)
+    pub data_file: Option<Arc<Storage>>,
     /// As read at open, but for the bits that are changed later.
     pub header: Header,
     /// How its L2 entries are read.
@@ -93,8 +95,8 @@ pub struct Run {
     pub kind: Subcluster,
     /// Bytes from the offset asked for.
     pub len: u64,
-    /// Where that offset is (or would be) in the image file.
-    pub host: Option<HostOffset>,
+    /// Where that offset is (or would be) in the file that guest data is in.
+    pub host: Option<DataOffset>,
     /// Whether it may be written in place.
     pub copied: bool,
     /// Compressed data, of the whole cluster.
@@ -169,7 +171,7 @@ impl Qcow2 {
     /// cluster, here; and whether they may be written in place. `None`: anything else,
     /// or not known without I/O.
     #[inline]
-    pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<(HostOffset, bool)> {
+    pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<(DataOffset, bool)> {
         let geometry = self.geometry();
         let cluster = geometry.guest_cluster(offset);
         let l1_entry = self.l1.get(geometry.l1_index(cluster));
@@ -181,6 +183,9 @@ impl Qcow2 {
         let (key, index) = self.slice_of(table, cluster);
         let stored = |words: &_| self.format.stored(self.entry_at(words, index), from, len);
         let (host, copied) = self.l2.read(key, stored)??;
+        if self.format.data_file && host.get() != offset.0 && !mutant!(DataFilePlaceBelieved) {
+            return None;
+        }
         // An L2 table that is shared makes all it maps shared.
         Some((host, copied && l1_entry & COPIED != 0))
     }
@@ -226,7 +231,9 @@ impl Qcow2 {
         let (count, sub_bits) = (geometry.subclusters(), geometry.subcluster_bits());
         let in_cluster = geometry.in_cluster(offset.0);
         let first = (in_cluster >> sub_bits) as u32;
-        let cluster = self.format.decode(self.entry_at(words, index))?;
+        let first_cluster = geometry.guest_cluster(offset).0;
+        let cluster =
+            self.format.decode_at(self.entry_at(words, index), GuestCluster(first_cluster))?;
         let (kind, subclusters) = cluster.run(first, count);
         let mut end = first + subclusters;
         let mut run = Run {
@@ -254,7 +261,8 @@ impl Qcow2 {
             if next >= self.entries_per_slice() {
                 break;
             }
-            let Ok(cluster) = self.format.decode(self.entry_at(words, next)) else { break };
+            let at = GuestCluster(first_cluster + (next - index) as u64);
+            let Ok(cluster) = self.format.decode_at(self.entry_at(words, next), at) else { break };
             let (kind, subclusters) = cluster.run(0, count);
             let continues = match (cluster, run.host) {
                 (Cluster::None { .. }, None) => true,
@@ -362,7 +370,7 @@ impl Qcow2 {
         let (key, index) = self.slice_of(table, cluster);
         loop {
             if let Some(entry) = self.l2.read(key, |words| self.entry_at(words, index)) {
-                return self.format.decode(entry).map_err(|error| {
+                return self.format.decode_at(entry, cluster).map_err(|error| {
                     let name = self.storage.name();
                     error.context(format!(
                         "{name}: guest cluster {}, L2 table at {table}",
@@ -391,7 +399,8 @@ impl Qcow2 {
             let mut halves = Vec::new();
             let done = self.l2.update(key, |slice| {
                 let entry = |slice: &SliceMut<'_>, n| {
-                    self.format.decode(entry_in(slice, index + n as usize, words))
+                    let entry = entry_in(slice, index + n as usize, words);
+                    self.format.decode_at(entry, GuestCluster(first.0 + n))
                 };
                 // All or nothing: see that every entry makes sense first.
                 for n in 0..count {

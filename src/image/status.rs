@@ -1,6 +1,6 @@
 //! Where the content of each part of the disk comes from.
 
-use super::disk::{Disk, Layer, Located};
+use super::disk::{Disk, Located};
 use crate::error::Result;
 use crate::format::subcluster::Subcluster;
 use crate::geometry::GuestOffset;
@@ -104,7 +104,6 @@ impl Disk {
             }
             _ => self.locate(engine, 0, GuestOffset(at), max).await?,
         };
-        let raw = matches!(self.layers.get(part.layer), Some(Layer::Raw(_)));
         let more_below = this_layer && self.layers.len() > 1;
         let mut extent = Extent {
             offset: at,
@@ -118,11 +117,7 @@ impl Disk {
             depth: part.layer as u32,
         };
         match part.run.kind {
-            Subcluster::Normal => {
-                extent.data = true;
-                // Offset 0 of a raw image is data like any other.
-                extent.host_offset = extent.host_offset.or(raw.then_some(at));
-            }
+            Subcluster::Normal => extent.data = true,
             Subcluster::Compressed => {
                 extent.data = true;
                 extent.compressed = true;

@@ -13,6 +13,7 @@ impl Disk {
         let Some(image) = self.top() else {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have no VM state"));
         };
+        image.refuse_data_file("VM state")?;
         let start = image.header.l1_entries_needed().checked_mul(image.geometry().l2_coverage());
         let start = start.ok_or_else(|| Error::invalid("the disk leaves no room for VM state"))?;
         let disk = self.vm_state.get_or_init(|| {

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::l2::Cluster;
 use crate::format::subcluster::{self, Mask, Subcluster};
-use crate::geometry::{GuestCluster, GuestOffset, HostOffset};
+use crate::geometry::{DataOffset, GuestCluster, GuestOffset, HostOffset};
 use crate::io::engine::{Engine, Piece};
 
 /// Longest part of a request that is handled in one go on the slow path.
@@ -72,7 +72,7 @@ enum Way {
     /// Everything that is touched is stored already.
     InPlace,
     /// A host cluster of our own is there; some subclusters are not stored yet.
-    Fill(HostOffset),
+    Fill(DataOffset),
     /// There is no host cluster.
     Allocate,
     /// The host cluster is shared, or the data is compressed: a new one takes
@@ -102,9 +102,10 @@ impl Ground {
     }
 }
 
-fn way(cluster: &Cluster, mask: Mask) -> Way {
+fn way(image: &Qcow2, guest: GuestCluster, cluster: &Cluster, mask: Mask) -> Way {
     match *cluster {
-        Cluster::None { .. } => Way::Allocate,
+        // In a data file its place is its own from the beginning.
+        Cluster::None { .. } => image.data_file_place(guest).map_or(Way::Allocate, Way::Fill),
         Cluster::Compressed(_) | Cluster::Standard { copied: false, .. } => Way::Replace,
         Cluster::Standard { alloc, .. } if alloc & mask == mask => Way::InPlace,
         Cluster::Standard { host, .. } => Way::Fill(host),
@@ -184,9 +185,9 @@ impl Disk {
             let (Subcluster::Normal, true, Some(host)) = (run.kind, run.copied, run.host) else {
                 return Ok(0);
             };
-            writing.allocator.check_data(host.get(), run.len)?;
+            image.check_data(writing, host, run.len)?;
             let pieces = [data.sub(done, run.len as usize)];
-            image.storage.write(engine, &pieces, host.get()).await?;
+            image.data().write(engine, &pieces, host.get()).await?;
             return Ok(run.len as usize);
         }
     }
@@ -213,7 +214,7 @@ impl Disk {
         let mut claim = writing.claims.acquire(part.region()).await;
         let (first, _) = part.first();
         let cluster = image.entry(engine, table, first).await?;
-        let way_of_first = way(&cluster, part.mask_in(0));
+        let way_of_first = way(image, first, &cluster, part.mask_in(0));
         match way_of_first {
             // Somebody else allocated it meanwhile.
             Way::InPlace => return Ok(0),
@@ -228,8 +229,9 @@ impl Disk {
         // How many clusters can be done alike, in one write?
         let mut count = 1;
         while count < part.clusters() {
-            let next = image.entry(engine, table, GuestCluster(first.0 + count)).await?;
-            let alike = match (way_of_first, way(&next, part.mask_in(count))) {
+            let guest = GuestCluster(first.0 + count);
+            let next = image.entry(engine, table, guest).await?;
+            let alike = match (way_of_first, way(image, guest, &next, part.mask_in(count))) {
                 (Way::Allocate, Way::Allocate) => true,
                 (Way::Fill(start), Way::Fill(host)) => {
                     start.checked_add(count << geometry.cluster_bits) == Some(host)
@@ -271,7 +273,7 @@ impl Disk {
     ) -> Result<()> {
         let image = part.image;
         let geometry = image.geometry();
-        let host = allocation.start()?;
+        let host: DataOffset = allocation.start()?.into();
         let ground = Ground::of(&allocation);
         if !geometry.extended_l2 {
             let written = self.fill(engine, part, host, ground).await;
@@ -347,7 +349,7 @@ impl Disk {
         &self,
         engine: &E,
         part: &Part<'_>,
-        host: HostOffset,
+        host: DataOffset,
         ground: Ground,
     ) -> Result<()> {
         let geometry = part.image.geometry();
@@ -360,8 +362,9 @@ impl Disk {
             && self.is_known_zero(part.offset.0..part.end());
         let at = host.get() + start - edges.head.as_ref().map_or(0, Piece::len) as u64;
         let data = part.data.clone();
-        part.writing.allocator.check_data(at, edges.bytes(&data))?;
-        let storage = &part.image.storage;
+        let place = DataOffset::in_data_file(at);
+        part.image.check_data(part.writing, place, edges.bytes(&data))?;
+        let storage = part.image.data();
         match (edges.head, edges.tail) {
             (None, None) => storage.write(engine, &[data], at).await?,
             (Some(head), None) => storage.write(engine, &[head, data], at).await?,

@@ -7,7 +7,8 @@
 //!     -> freed clusters leave limbo, their refcounts are lowered
 //! ```
 //!
-//! Where there are new refcount blocks, the first sync is two: they are durable before
+//! The first sync is that of both files where guest data has a file of its own; without
+//! it, the last one is. Where there are new refcount blocks, the first sync is two: they are durable before
 //! the refcount table names them, which it does before any pointer is written.
 //!
 //! With lazy refcounts the dirty bit stands in for the raised refcounts: it is
@@ -142,9 +143,12 @@ impl Qcow2 {
         pass.owes_sync |= writing.needs_sync.swap(false, SeqCst);
         pass.owes_sync |= writing.allocator.has_unnamed_blocks();
         if pass.owes_sync {
-            self.write_pass(engine, writing, &mut pass).await?;
+            let data_is_durable = self.write_pass(engine, writing, &mut pass).await?;
             if pass.has_pointers() && !mutant!(NoSyncAfterEntries) {
-                writing.allocator.barrier(engine, &self.storage).await?;
+                match data_is_durable && !mutant!(DataFileSyncedLate) {
+                    true => writing.allocator.barrier(engine, &self.storage).await?,
+                    false => self.sync_files(engine, writing).await?,
+                }
             }
         }
         let dropped = pass.complete();
@@ -155,14 +159,23 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Syncs the data file, if there is one, and the image file.
+    async fn sync_files<E: Engine>(&self, engine: &E, writing: &Writing) -> Result<()> {
+        if let Some(data) = self.data_file.as_deref().filter(|_| !mutant!(DataFileNotSynced)) {
+            writing.allocator.barrier(engine, data).await?;
+        }
+        writing.allocator.barrier(engine, &self.storage).await
+    }
+
     /// Everything up to the write of the pointers; what they drop is still theirs
-    /// until a sync has followed.
+    /// until a sync has followed. Returns whether all data that was written before is
+    /// durable.
     async fn write_pass<E: Engine>(
         &self,
         engine: &E,
         writing: &Writing,
         pass: &mut Pass<'_>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let allocator = &writing.allocator;
         if pass.has_pointers() && writing.lazy {
             if !mutant!(DirtyBitNotSet, DirtyBitLate) {
@@ -180,8 +193,11 @@ impl Qcow2 {
         let ordered = pass.ordered
             && !cfg!(qcow2rs_unordered)
             && !mutant!(NoSyncBeforeEntries, CopiedAfterSync);
-        if ordered || !pass.has_pointers() {
+        let syncs = ordered || !pass.has_pointers();
+        if syncs && mutant!(DataFileSyncedLate) && pass.has_pointers() {
             allocator.barrier(engine, &self.storage).await?;
+        } else if syncs {
+            self.sync_files(engine, writing).await?;
         }
         pass.ordered = false;
         self.write_slices(engine, writing, pass).await?;
@@ -197,7 +213,7 @@ impl Qcow2 {
         mutant!(DirtyBitLate => if writing.lazy {
             self.mark_dirty(engine, writing).await?;
         });
-        Ok(())
+        Ok(syncs)
     }
 
     async fn write_slices<E: Engine>(

@@ -125,11 +125,20 @@ impl Disk {
         let claimed = if mutant!(ZeroClaimsNothing) { 0 } else { all };
         let _claim = writing.claims.acquire(Region::whole(first, count, claimed)).await;
         let mut freed = Vec::new();
+        let raw = image.is_raw_data();
+        if raw {
+            let size = image.geometry().cluster_size();
+            let bytes = first.0 * size..(first.0 + count) * size;
+            image.zero_raw(engine, writing, bytes, flags.may_unmap).await?;
+        }
         image
             .change(engine, table, first, count, |_, cluster| {
                 Some(match cluster {
                     Cluster::None { .. } if mutant!(ZeroShowsBacking) => cluster,
                     Cluster::None { .. } => Cluster::None { zero: all },
+                    Cluster::Standard { host, copied, alloc, .. } if raw => {
+                        Cluster::Standard { host, copied, alloc, zero: all & !alloc }
+                    }
                     Cluster::Standard { host, copied, .. } if !flags.may_unmap => {
                         Cluster::Standard { host, copied, alloc: 0, zero: all }
                     }
@@ -196,11 +205,22 @@ impl Disk {
         if let (true, Some(part)) = (flags.no_fallback, data.first()) {
             return Err(no_fallback(part.start));
         }
+        let raw = image.is_raw_data();
+        if raw {
+            for run in subcluster::runs(zero) {
+                let bytes = base + u64::from(run.start) * sub..base + u64::from(run.end) * sub;
+                image.zero_raw(engine, writing, bytes, flags.may_unmap).await?;
+            }
+        }
         let mut punch = None;
         image
             .change(engine, table, cluster, 1, |_, cluster| {
                 Some(match cluster {
                     Cluster::None { zero: old } => Cluster::None { zero: old | zero },
+                    Cluster::Standard { host, copied, alloc, zero: old } if raw => {
+                        let zero = old | zero & !alloc;
+                        Cluster::Standard { host, copied, alloc, zero }
+                    }
                     Cluster::Standard { host, copied, alloc, zero: old } => {
                         if copied && alloc & zero != 0 {
                             punch = Some((host, alloc & zero));

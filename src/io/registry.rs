@@ -34,13 +34,13 @@ struct Users {
 
 impl Users {
     fn may_join(&self, mode: Mode) -> bool {
-        self.writers == 0 && (mode == Mode::Read || self.readers == 0)
+        self.writers == 0 && (!mode.writes() || self.readers == 0)
     }
 
     fn count(&mut self, mode: Mode) -> &mut usize {
-        match mode {
-            Mode::Read => &mut self.readers,
-            Mode::Write => &mut self.writers,
+        match mode.writes() {
+            false => &mut self.readers,
+            true => &mut self.writers,
         }
     }
 
@@ -130,8 +130,8 @@ impl Lock {
         let (old, new) = (self.fd.as_fd(), fd.as_fd());
         // Others are asked through the old description: its own bytes, which we
         // hold, are no obstacle to it.
-        if mode == Mode::Write && self.mode == Mode::Read {
-            if let Err(refused) = self.upgrade(users) {
+        if mode.writes() && !self.mode.writes() {
+            if let Err(refused) = self.upgrade(users, mode) {
                 self.shrink_to(self.mode);
                 return Err(error(refused, mode, name));
             }
@@ -150,11 +150,11 @@ impl Lock {
     }
 
     /// Takes what a writer holds on the old description.
-    fn upgrade(&self, users: &mut Users) -> std::result::Result<(), Refused> {
+    fn upgrade(&self, users: &mut Users, mode: Mode) -> std::result::Result<(), Refused> {
         let fd = self.fd.as_fd();
         let try_it = || {
-            lock::take(fd, Mode::Write.bytes())?;
-            lock::test(fd, Mode::Write)
+            lock::take(fd, mode.bytes())?;
+            lock::test(fd, mode)
         };
         match try_it() {
             // We are alone in this process; what lingers serves nobody, yet may
@@ -201,10 +201,7 @@ fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 const REMEDY: &str = "close it there first, or open it without lock if you know what you do";
 
 fn purpose(mode: Mode) -> &'static str {
-    match mode {
-        Mode::Read => "reading",
-        Mode::Write => "writing",
-    }
+    if mode.writes() { "writing" } else { "reading" }
 }
 
 #[cold]

@@ -46,6 +46,9 @@ pub struct Access {
     /// The end must not move (raw images): a write past it is the caller's
     /// mistake, and aligning a write must not move it either.
     pub fixed_length: bool,
+    /// Others may write to it, as far as the lock goes, but not change its length: QEMU
+    /// locks data files like that.
+    pub shares_writes: bool,
 }
 
 impl Source {

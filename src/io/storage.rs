@@ -607,7 +607,12 @@ fn acquire(file: &File, source: &Source, access: Access, name: &str) -> Result<L
 }
 
 fn mode(access: Access) -> Mode {
-    if access.writable { Mode::Write } else { Mode::Read }
+    match (access.writable, access.shares_writes) {
+        (false, false) => Mode::Read,
+        (true, false) => Mode::Write,
+        (false, true) => Mode::ReadData,
+        (true, true) => Mode::WriteData,
+    }
 }
 
 fn bit(mode: ZeroMode) -> u8 {

@@ -27,7 +27,7 @@ impl Disk {
 }
 
 async fn apply<E: Engine>(operation: &mut Operation<'_, E>, id_or_name: &[u8]) -> Result<()> {
-    operation.refuse_external_data()?;
+    operation.image.refuse_data_file("internal snapshots")?;
     let (engine, image) = (operation.engine, operation.image);
     let list = &operation.table.list;
     let snapshot = &list[find(list, id_or_name)?];

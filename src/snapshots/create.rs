@@ -56,7 +56,7 @@ async fn create<E: Engine>(
     meta: &Meta,
     check_id: impl Fn(&[u8]) -> Result<()>,
 ) -> Result<Vec<u8>> {
-    operation.refuse_external_data()?;
+    operation.image.refuse_data_file("internal snapshots")?;
     let list = &operation.table.list;
     if list.len() >= MAX_SNAPSHOTS as usize {
         let text = format!("the image has {MAX_SNAPSHOTS} snapshots, and cannot have more");

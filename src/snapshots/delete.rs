@@ -49,6 +49,7 @@ async fn delete<E: Engine>(
     is_open: impl Fn(&Snapshot) -> bool,
 ) -> Result<()> {
     let (engine, image) = (operation.engine, operation.image);
+    image.refuse_data_file("internal snapshots")?;
     let list = &operation.table.list;
     let index = find(list, id_or_name)?;
     let snapshot = &list[index];

@@ -27,6 +27,7 @@ impl Disk {
         let list = &self.snapshot_table(engine).await?.list;
         let image = self.image_with_snapshots()?;
         let snapshot = &list[find(list, id_or_name)?];
+        image.refuse_data_file("internal snapshots")?;
         let geometry = image.geometry();
         let mut header = image.header.clone();
         header.size = snapshot.disk_size.unwrap_or(image.size);
@@ -44,6 +45,7 @@ impl Disk {
         let l1 = L1Table::new(snapshot.l1_offset, l1.into_iter());
         let view = Qcow2 {
             storage: image.storage.clone(),
+            data_file: None,
             size: header.virtual_size(),
             header,
             format: image.format,

@@ -23,7 +23,7 @@ use std::ops::Range;
 use crate::alloc::changes::{Changes, Lowered};
 use crate::alloc::overlap::Metadata;
 use crate::check::repair;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::format::header::Header;
 use crate::image::disk::Disk;
 use crate::image::handle::Replacement;
@@ -270,17 +270,6 @@ impl<'a, E: Engine> Operation<'a, E> {
         match self.writing.features.dirty() {
             true => self.image.mark_clean(engine, self.writing).await,
             false => Ok(()),
-        }
-    }
-
-    /// `NotSupported` where data is not in the image file.
-    pub fn refuse_external_data(&self) -> Result<()> {
-        match self.header.external_data_file() {
-            false => Ok(()),
-            true => Err(Error::new(
-                ErrorKind::NotSupported,
-                "images with an external data file have no internal snapshots",
-            )),
         }
     }
 }

@@ -29,14 +29,34 @@ pub enum Mode {
     Read,
     /// One writes; nobody else uses the file.
     Write,
+    /// As `Read`, but that somebody may write who does not change the length.
+    ReadData,
+    /// As `Write`, but that somebody else may write who does not change the length.
+    WriteData,
 }
 
 impl Mode {
-    /// The permissions used; those not shared are `WRITE` and `RESIZE` always.
-    fn used(self) -> &'static [u8] {
+    /// Whether it is for writing.
+    pub fn writes(self) -> bool {
         match self {
-            Mode::Read => &[CONSISTENT_READ],
-            Mode::Write => &[CONSISTENT_READ, WRITE, RESIZE],
+            Mode::Read | Mode::ReadData => false,
+            Mode::Write | Mode::WriteData => true,
+        }
+    }
+
+    /// The permissions used.
+    fn used(self) -> &'static [u8] {
+        match self.writes() {
+            false => &[CONSISTENT_READ],
+            true => &[CONSISTENT_READ, WRITE, RESIZE],
+        }
+    }
+
+    /// The permissions not shared.
+    fn unshared(self) -> &'static [u8] {
+        match self {
+            Mode::Read | Mode::Write => &[WRITE, RESIZE],
+            Mode::ReadData | Mode::WriteData => &[RESIZE],
         }
     }
 
@@ -47,14 +67,16 @@ impl Mode {
             Mode::Write => {
                 &[USED, USED + WRITE, USED + RESIZE, UNSHARED + WRITE, UNSHARED + RESIZE]
             }
+            Mode::ReadData => &[USED, UNSHARED + RESIZE],
+            Mode::WriteData => &[USED, USED + WRITE, USED + RESIZE, UNSHARED + RESIZE],
         }
     }
 
-    /// The bytes that only the other mode holds.
+    /// The bytes that only the mode for writing holds.
     pub fn excess(self) -> &'static [u8] {
-        match self {
-            Mode::Read => &[USED + WRITE, USED + RESIZE],
-            Mode::Write => &[],
+        match self.writes() {
+            false => &[USED + WRITE, USED + RESIZE],
+            true => &[],
         }
     }
 }
@@ -111,7 +133,7 @@ pub fn give_back(fd: BorrowedFd<'_>, bytes: &[u8]) {
 /// Whether others, seen from `fd`'s description, leave room for `mode`.
 pub fn test(fd: BorrowedFd<'_>, mode: Mode) -> Result<(), Refused> {
     let used = mode.used().iter().map(|permission| UNSHARED + permission);
-    let unshared = [USED + WRITE, USED + RESIZE];
+    let unshared = mode.unshared().iter().map(|permission| USED + permission);
     for byte in used.chain(unshared) {
         match control(fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte) {
             Ok(libc::F_UNLCK) => {}

@@ -12,7 +12,7 @@ use super::oracle::{SECTOR, Word};
 use super::qemu;
 use super::report::{Failure, Trouble};
 
-const FILES: [&str; 3] = ["image", "base", "snapshot"];
+const FILES: [&str; 4] = ["image", "base", "data", "snapshot"];
 
 /// Puts the files of a disk into a directory.
 fn dump(disk: &SimDisk, dir: &Path) -> Result<(), String> {

@@ -7,10 +7,13 @@ use qcow2rs::CheckResult;
 use qcow2rs::io::sim::{SimDisk, SimEngine, SimFile};
 
 use super::imagecheck::{self, Report};
-use super::layout::{Header, ReadAt, read_guest};
+use super::layout::{Header, ReadAt, read_guest_data};
 use super::oracle::{Judged, Mode, Oracle};
 use super::scenario::{Config, Scenario, open_for_reading};
 use super::snapshot::check_snapshot;
+
+/// The autoclear bit that says that a data file is a raw image.
+const RAW: u64 = 2;
 
 fn image(disk: &SimDisk) -> std::sync::Arc<SimFile> {
     disk.file("image").expect("there is an image")
@@ -51,7 +54,7 @@ pub fn i1_header(disk: &SimDisk) -> Result<(), String> {
 /// clear are clear.
 fn i1_autoclear(disk: &SimDisk, oracle: &Oracle, found: &Judged) -> Result<(), String> {
     let header = Header::read(&*image(disk))?;
-    match header.autoclear == 0 || oracle.is_as_opened(&found.words) {
+    match header.autoclear & !RAW == 0 || oracle.is_as_opened(&found.words) {
         true => Ok(()),
         false => Err(format!("I1: autoclear bits {:#x} outlive a change", header.autoclear)),
     }
@@ -91,7 +94,25 @@ fn guest_content(bytes: &Vec<u8>, disk: &SimDisk) -> Result<Vec<u8>, String> {
     let header = Header::read(bytes)?;
     let base = disk.file("base");
     let base = base.as_deref().map(|base| base as &dyn ReadAt);
-    Ok(read_guest(bytes, &header, base))
+    let data = disk.file("data");
+    let data = data.as_deref().map_or(bytes as &dyn ReadAt, |data| data as &dyn ReadAt);
+    Ok(read_guest_data(bytes, data, &header, base))
+}
+
+/// I9: a data file that is a raw image holds what the guest finds.
+pub fn raw_data(disk: &SimDisk, config: &Config, found: &[u8]) -> Result<(), String> {
+    if !config.kind.raw {
+        return Ok(());
+    }
+    let mut bytes = disk.file("data").map_or(Vec::new(), |data| data.bytes());
+    if bytes.len() > found.len() {
+        return Err("I12: the raw data file is longer than the disk".to_owned());
+    }
+    bytes.resize(found.len(), 0);
+    match bytes.iter().zip(found).position(|(a, b)| a != b) {
+        None => Ok(()),
+        Some(at) => Err(format!("I9: the raw data file is not what the guest finds, at {at:#x}")),
+    }
 }
 
 /// I9: the driver and other code find the same.

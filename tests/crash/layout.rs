@@ -319,6 +319,16 @@ impl Refcounts {
 
 /// All of the virtual disk, over a raw backing file or none.
 pub fn read_guest(file: &dyn ReadAt, header: &Header, base: Option<&dyn ReadAt>) -> Vec<u8> {
+    read_guest_data(file, file, header, base)
+}
+
+/// The same of an image whose data is in another file.
+pub fn read_guest_data(
+    file: &dyn ReadAt,
+    data: &dyn ReadAt,
+    header: &Header,
+    base: Option<&dyn ReadAt>,
+) -> Vec<u8> {
     let cluster = header.cluster as usize;
     let mut disk = vec![0; header.size as usize];
     if let Some(base) = base {
@@ -333,14 +343,14 @@ pub fn read_guest(file: &dyn ReadAt, header: &Header, base: Option<&dyn ReadAt>)
         }
         let table = file.bytes(table, header.cluster);
         for (index, out) in (0..).zip(part.chunks_mut(cluster)) {
-            read_cluster(file, header, header.l2_entry(&table, index), out);
+            read_cluster(data, header, header.l2_entry(&table, index), out);
         }
     }
     disk
 }
 
 fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]) {
-    let host = match &entry.kind {
+    let place = match &entry.kind {
         Kind::Compressed(range) => {
             let packed = file.bytes(range.start, range.end - range.start);
             let mut whole = vec![0; header.cluster as usize];
@@ -353,14 +363,15 @@ fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]
             out.copy_from_slice(&whole[..out.len()]);
             return;
         }
-        Kind::Normal(host) => *host,
-        Kind::Unallocated => 0,
+        Kind::Normal(host) => Some(*host),
+        Kind::Unallocated => None,
     };
     let (alloc, zero) = match entry.bitmap {
         Some(_) => (entry.allocated(), entry.zero()),
         None if entry.zero_flag() => (0, u32::MAX),
-        None => (if host == 0 { 0 } else { u32::MAX }, 0),
+        None => (if place.is_none() { 0 } else { u32::MAX }, 0),
     };
+    let host = place.unwrap_or(0);
     let size = header.cluster as usize / 32;
     for (index, part) in out.chunks_mut(size).enumerate() {
         if alloc >> index & 1 == 1 {

@@ -198,6 +198,7 @@ impl Life<'_> {
                 self.tally(|tally| tally.parity += 1);
             }
             inspect::second_opinion(&self.disk, found)?;
+            inspect::raw_data(&self.disk, self.config(), found)?;
             match self.after {
                 Some(crash) => known_after(crash, &oracle, judged.words),
                 None => oracle.recovered(judged.words),

@@ -43,6 +43,8 @@ fn succeeded(command: &str, output: Output) -> String {
 /// Has `qemu-img check` look at an image; also what it said.
 pub fn check(path: &Path) -> (Verdict, String) {
     let mut check = Command::new("qemu-img");
+    // Where a data file is looked for by QEMU.
+    check.current_dir(path.parent().expect("it is in a directory"));
     check.args(["check", "--output=json", "-f", "qcow2"]).arg(path);
     let output = check.output().expect("qemu-img");
     let text = String::from_utf8_lossy(&output.stdout);
@@ -64,6 +66,7 @@ pub fn check(path: &Path) -> (Verdict, String) {
 /// Has QEMU repair an image, with nothing left to complain about.
 pub fn repair(path: &Path) {
     let mut repair = Command::new("qemu-img");
+    repair.current_dir(path.parent().expect("it is in a directory"));
     repair.args(["check", "-q", "-r", "all", "-f", "qcow2"]).arg(path);
     succeeded("qemu-img check -r all", repair.output().expect("qemu-img"));
 }

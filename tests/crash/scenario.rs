@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use qcow2rs::image::Disk;
 use qcow2rs::io::sim::{Crash, FileOptions, Rng, SimDisk, SimEngine, SimFile};
-use qcow2rs::{Format, OpenOptions, Policy, Reference, Resolver, Source};
+use qcow2rs::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver, Source};
 
 use super::images_taken::crash_image;
 use super::layout::ReadAt;
 use super::oracle::{Mode, Oracle, SECTOR, Word, fill, word};
 pub use super::report::{Failure, Verdict};
 use super::snapshot::keep_snapshot;
-use super::support::builder::{Cluster, Kind, build};
+use super::support::builder::{Cluster, Kind, build_both};
 
 /// What is tried, but for chance. [`Config::new`] gives one to be changed.
 #[derive(Clone, Debug)]
@@ -259,17 +259,20 @@ impl ReadAt for SimFile {
     }
 }
 
-/// Gives the file "base" of the disk to whoever asks.
+/// Gives the files "base" and "data" of the disk to whoever asks.
 struct Base(SimDisk);
 
 impl Resolver for Base {
     fn resolve(
         &self,
-        _reference: &Reference,
+        reference: &Reference,
         format: Option<Format>,
     ) -> qcow2rs::Result<(Arc<Source>, Option<Format>)> {
-        let base = self.0.file("base").expect("there is a backing file");
-        Ok((Source::sim(base), format))
+        let file = match reference.kind {
+            ReferenceKind::Backing => self.0.file("base").expect("there is a backing file"),
+            ReferenceKind::Data => self.0.file("data").expect("there is a data file"),
+        };
+        Ok((Source::sim(file), format))
     }
 }
 
@@ -324,7 +327,7 @@ impl Config {
         let sectors = kind.size / SECTOR;
         let mut words: Vec<Word> = (0..sectors).map(below).collect();
         let fullness = *rng.pick(&[0, 1, 6, 8]);
-        let image = build(kind, |cluster| {
+        let (image, data) = build_both(kind, |cluster| {
             let range = cluster * per_cluster..((cluster + 1) * per_cluster).min(sectors);
             let words = &mut words[range.start as usize..range.end as usize];
             initial_cluster(&kind, range, words, fullness, rng)
@@ -336,6 +339,9 @@ impl Config {
             ..FileOptions::default()
         };
         disk.create_with("image", options.clone(), &image);
+        if kind.data_file {
+            disk.create_with("data", options.clone(), &data);
+        }
         if kind.backing {
             let read_only = FileOptions { read_only: true, ..options };
             // It may be shorter than the disk.
@@ -360,13 +366,19 @@ fn initial_cluster(
     fullness: u64,
     rng: &mut Rng,
 ) -> Cluster {
-    if !rng.chance(fullness, 8) {
+    // A raw data file is all there is, from the beginning.
+    if !kind.raw && !rng.chance(fullness, 8) {
         return Cluster::Nothing;
     }
     let data: Vec<Word> = sectors.clone().map(|sector| word(INITIAL, sector)).collect();
     let mut bytes = fill(data.iter().copied());
     bytes.resize(kind.cluster as usize, 0);
-    if rng.chance(1, 4) {
+    if kind.raw {
+        words.copy_from_slice(&data);
+        let alloc = if kind.extended_l2 { u32::MAX } else { 1 };
+        return Cluster::Data { bytes, alloc, zero: 0 };
+    }
+    if !kind.data_file && rng.chance(1, 4) {
         words.copy_from_slice(&data);
         return Cluster::Compressed(bytes);
     }

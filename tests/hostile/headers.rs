@@ -56,7 +56,6 @@ fn fields_out_of_range() {
             ("compression type 2", |i| i.put(COMPRESSION, &[2]), BAD),
             ("zstd without its bit", |i| i.put(COMPRESSION, &[1]), BAD),
             ("the bit without zstd", |i| i.put64(INCOMPATIBLE, 1 << 3), BAD),
-            ("an external data file", |i| i.put64(INCOMPATIBLE, 1 << 2), UNSUPPORTED),
             ("a raw data file and none", |i| i.put64(AUTOCLEAR, 1 << 1), BAD),
             ("the next feature", |i| i.put64(INCOMPATIBLE, 1 << 5), UNSUPPORTED),
             ("the last feature", |i| i.put64(INCOMPATIBLE, 1 << 63), UNSUPPORTED),

@@ -21,6 +21,10 @@ pub struct Kind {
     pub lazy: bool,
     /// With an autoclear bit that no driver knows.
     pub autoclear: bool,
+    /// With its data in an external data file called "data".
+    pub data_file: bool,
+    /// Where that is a raw image by itself.
+    pub raw: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -52,6 +56,8 @@ impl Kind {
         crowded: false,
         lazy: false,
         autoclear: false,
+        data_file: false,
+        raw: false,
     };
 
     pub fn l2_entry(&self) -> u64 {
@@ -79,6 +85,8 @@ impl Kind {
 struct Builder {
     kind: Kind,
     bytes: Vec<u8>,
+    /// The data file.
+    data: Vec<u8>,
     /// By cluster.
     refcounts: Vec<u64>,
 }
@@ -105,18 +113,36 @@ impl Builder {
         self.put(offset, &(value as u32).to_be_bytes());
     }
 
+    /// Puts data where the guest has it.
+    fn put_data(&mut self, guest: u64, bytes: &[u8]) -> u64 {
+        let at = guest * self.kind.cluster;
+        let end = self.data.len().min(at as usize + bytes.len());
+        self.data[at as usize..end].copy_from_slice(&bytes[..end - at as usize]);
+        at
+    }
+
     /// Puts data into a cluster of its own, or packs it behind the last; the L2
     /// entry for it.
-    fn entry(&mut self, cluster: Cluster, cursor: &mut u64) -> (u64, u64) {
+    fn entry(&mut self, guest: u64, cluster: Cluster, cursor: &mut u64) -> (u64, u64) {
         let (size, copied) = (self.kind.cluster, u64::from(!self.kind.snapshot) << 63);
         match cluster {
             Cluster::Nothing => (0, 0),
             Cluster::Data { bytes, alloc, zero } if alloc != 0 => {
-                let host = self.take(size);
-                self.put(host, &bytes);
+                let host = match self.kind.data_file {
+                    true => self.put_data(guest, &bytes),
+                    false => {
+                        let host = self.take(size);
+                        self.put(host, &bytes);
+                        host
+                    }
+                };
                 let flag = u64::from(!self.kind.extended_l2 && zero != 0);
                 (host | copied | flag, u64::from(zero) << 32 | u64::from(alloc))
             }
+            Cluster::Reserved if self.kind.data_file => match self.kind.extended_l2 {
+                true => ((guest * size) | copied, u64::from(u32::MAX) << 32),
+                false => ((guest * size) | copied | 1, 0),
+            },
             Cluster::Reserved => match self.kind.extended_l2 {
                 true => (self.take(size) | copied, u64::from(u32::MAX) << 32),
                 false => (self.take(size) | copied | 1, 0),
@@ -159,7 +185,7 @@ impl Builder {
             }
             let table = self.take(size);
             for (index, cluster) in (0..).zip(clusters) {
-                let (word, bitmap) = self.entry(cluster, &mut cursor);
+                let (word, bitmap) = self.entry(first + index, cluster, &mut cursor);
                 self.put64(table + index * wide, word);
                 if self.kind.extended_l2 {
                     self.put64(table + index * wide + 8, bitmap);
@@ -229,8 +255,16 @@ impl Builder {
 }
 
 /// Builds an image with these clusters of the virtual disk.
-pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
-    let mut image = Builder { kind, bytes: Vec::new(), refcounts: Vec::new() };
+pub fn build(kind: Kind, content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
+    build_both(kind, content).0
+}
+
+/// As `build`; and its data file. Where nothing points to, that holds what nobody is to
+/// see, unless it is a raw image.
+pub fn build_both(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> (Vec<u8>, Vec<u8>) {
+    let length = if kind.data_file { kind.size as usize } else { 0 };
+    let data = vec![if kind.raw { 0 } else { 0xdd }; length];
+    let mut image = Builder { kind, bytes: Vec::new(), data, refcounts: Vec::new() };
     image.take(kind.cluster);
     let mut l1 = image.map(&mut content);
     l1.resize(kind.l1_entries() as usize, 0);
@@ -255,12 +289,18 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
     image.put64(64, snapshots);
     let mut end = 72;
     if kind.version > 2 {
-        image.put64(72, u64::from(kind.extended_l2) << 4);
+        image.put64(72, u64::from(kind.extended_l2) << 4 | u64::from(kind.data_file) << 2);
         image.put64(80, kind.lazy.into());
-        image.put64(88, u64::from(kind.autoclear) << 40);
+        image.put64(88, u64::from(kind.autoclear) << 40 | u64::from(kind.raw) << 1);
         image.put32(96, kind.refcount_bits.trailing_zeros().into());
         image.put32(100, 104);
         end = 104;
+    }
+    if kind.data_file {
+        image.put32(end, 0x4441_5441);
+        image.put32(end + 4, 4);
+        image.put(end + 8, b"data");
+        end += 16;
     }
     if kind.backing {
         // The format of the backing file; the end of extensions; its name.
@@ -271,5 +311,5 @@ pub fn build(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> Vec<u8> {
         image.put32(16, 4);
         image.put(end + 24, b"base");
     }
-    image.bytes
+    (image.bytes, image.data)
 }

@@ -102,6 +102,11 @@ impl Dissected {
         self.u32(field::VERSION)
     }
 
+    /// Whether guest data is in a file of its own.
+    pub fn has_data_file(&self) -> bool {
+        self.version() >= 3 && self.u64(field::INCOMPATIBLE) & 4 != 0
+    }
+
     pub fn cluster_bits(&self) -> u32 {
         self.u32(field::CLUSTER_BITS)
     }

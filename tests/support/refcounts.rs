@@ -39,7 +39,7 @@ fn walk(image: &Dissected, l1: (u64, u64), references: &mut References) {
             if descriptor & COMPRESSED != 0 {
                 let (offset, bytes) = image.compressed(descriptor);
                 references.add(offset, bytes);
-            } else if descriptor & OFFSET != 0 {
+            } else if descriptor & OFFSET != 0 && !image.has_data_file() {
                 references.add(descriptor & OFFSET, image.cluster_size());
             }
         }
@@ -117,6 +117,10 @@ pub fn faults(image: &Dissected) -> Vec<String> {
         for (i, (descriptor, bitmap)) in image.table(table).enumerate() {
             let wrong = match descriptor & COMPRESSED != 0 {
                 true => descriptor & COPIED != 0 || bitmap != 0,
+                // Nobody shares a data file, where offset 0 is a place like any other.
+                false if image.has_data_file() => {
+                    descriptor & OFFSET != 0 && descriptor & COPIED == 0
+                }
                 false if descriptor & OFFSET == 0 => descriptor & COPIED != 0,
                 false => (descriptor & COPIED != 0) != alone(descriptor & OFFSET),
             };

@@ -174,8 +174,8 @@ fn a_successor_that_is_given_up_leaves_the_lock() {
                 // While it is not decided, the lock is enough for both.
                 let least = [room, room_after].into_iter().min_by_key(|room| match room {
                     None => 0,
-                    Some(Mode::Read) => 1,
-                    Some(Mode::Write) => 2,
+                    Some(Mode::Read | Mode::ReadData) => 1,
+                    Some(Mode::Write | Mode::WriteData) => 2,
                 });
                 let successor = storage.change_access(after).unwrap();
                 assert_eq!(subject.leaves_room_for(), least.unwrap(), "{before:?} {after:?}");

@@ -20,8 +20,14 @@ use crate::error::Result;
 use crate::sys::memory::{GuestMut, GuestRef};
 
 /// Everything but direct and locked.
-const PLAIN: Access =
-    Access { writable: true, direct: false, lock: false, no_flush: false, fixed_length: false };
+const PLAIN: Access = Access {
+    writable: true,
+    direct: false,
+    lock: false,
+    no_flush: false,
+    fixed_length: false,
+    shares_writes: false,
+};
 
 /// An empty directory on a file system with direct I/O.
 fn direct_dir() -> TempDir {

@@ -8,6 +8,7 @@ pub mod scene;
 
 mod cancel;
 mod compressing;
+mod data_files;
 mod durability;
 mod exhaustion;
 mod flights;

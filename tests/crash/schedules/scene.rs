@@ -18,7 +18,7 @@ use super::super::layout::{Entry, Header, ReadAt, bits};
 use super::super::oracle::{Change, Oracle, SECTOR, Ticket, Word, fill, word};
 use super::super::scenario::{Config, Failure, Scenario, known_after, open};
 use super::super::snapshot::keep_snapshot;
-use super::super::support::builder::{Cluster, build};
+use super::super::support::builder::{Cluster, build_both};
 use super::super::{imagecheck, inspect};
 
 /// Marks the words that the image holds at first, and those of the backing file.
@@ -90,7 +90,7 @@ impl Scene {
         let (sectors, per_cluster) = (kind.size / SECTOR, kind.cluster / SECTOR);
         let below = |sector| if kind.backing { word(BASE, sector) } else { 0 };
         let mut words: Vec<Word> = (0..sectors).map(below).collect();
-        let mut image = build(kind, |cluster| {
+        let (mut image, data) = build_both(kind, |cluster| {
             let range = cluster * per_cluster..((cluster + 1) * per_cluster).min(sectors);
             let words = &mut words[range.start as usize..range.end as usize];
             let data: Vec<Word> = range.map(|sector| word(STORED, sector)).collect();
@@ -114,6 +114,9 @@ impl Scene {
         let alignment = config.alignment;
         let mut options = FileOptions { alignment, punch: config.punch, ..FileOptions::default() };
         abilities(&mut options);
+        if kind.data_file {
+            disk.create_with("data", options.clone(), &data);
+        }
         disk.create_with("image", options, &image);
         if kind.backing {
             let base = FileOptions { read_only: true, alignment, ..FileOptions::default() };
