@@ -1,5 +1,6 @@
-//! What is done to images as wholes: create, measure, probe, check.
+//! What is done to images as wholes: create, amend, measure, probe, check.
 
+pub mod amend;
 mod check;
 pub mod create;
 mod layout;

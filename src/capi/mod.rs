@@ -62,6 +62,9 @@ pub use create::*;
 mod check;
 pub use check::*;
 
+mod amend;
+pub use amend::*;
+
 mod snapshots;
 pub use snapshots::*;
 

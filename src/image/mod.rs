@@ -6,6 +6,7 @@ mod compress;
 mod cow;
 mod discard;
 pub(crate) mod disk;
+mod expand;
 pub(crate) mod feature_bits;
 mod gate;
 pub mod handle;

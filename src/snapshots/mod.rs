@@ -7,11 +7,11 @@
 
 mod apply;
 mod create;
-mod delete;
-mod list;
+pub(crate) mod delete;
+pub(crate) mod list;
 mod open;
-mod operation;
-mod tables;
+pub(crate) mod operation;
+pub(crate) mod tables;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -151,8 +151,8 @@ impl Image {
         self.alter(|disk| block_on(disk.snapshot_apply(&Blocking, id_or_name)).into())
     }
 
-    /// Deletes a snapshot; what it alone had is free, and punched out if the image was
-    /// opened with `discard`. Durable on return.
+    /// Deletes a snapshot; what it alone had is free, and punched out unless the image
+    /// was opened without that (`discard_snapshots`). Durable on return.
     ///
     /// Errors: `NotFound`; `Busy` if it is open; `Limit` and `NoSpace` as for
     /// `snapshot_create`. After any of these the image is as it was.
