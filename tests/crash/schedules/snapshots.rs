@@ -68,14 +68,14 @@ impl Change {
 
 /// All that an image holds: the disk, and the snapshots by their names.
 #[derive(Clone, PartialEq, Eq)]
-struct State {
-    active: Vec<u8>,
-    snapshots: Vec<(Vec<u8>, Vec<u8>)>,
+pub struct State {
+    pub active: Vec<u8>,
+    pub snapshots: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl State {
     /// Read with other code than the driver's.
-    fn of(disk: &SimDisk) -> State {
+    pub fn of(disk: &SimDisk) -> State {
         let file = disk.file("image").expect("there is an image");
         let header = Header::read(&*file).expect("it has a header");
         let base = disk.file("base");
@@ -96,12 +96,12 @@ struct Stage {
     rng: Rng,
 }
 
-async fn write(image: &Disk, cluster: u64, size: u64, value: u8) {
+pub async fn write(image: &Disk, cluster: u64, size: u64, value: u8) {
     write_maybe(image, cluster, size, value).await.unwrap();
 }
 
 /// The disk that goes on after a change.
-fn next(
+pub fn next(
     disk: Disk,
     (result, replacement): (Result<()>, Replacement),
 ) -> (Result<()>, Option<Disk>) {
