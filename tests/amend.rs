@@ -205,23 +205,23 @@ fn the_same_is_refused() {
     let (no, bad) = (Some(ErrorKind::NotSupported), Some(ErrorKind::InvalidArgument));
     qemu_create(&path, "", 1 << 20);
     for (list, expected) in [
-        ("cluster_size=4096", no.clone()),
-        ("extended_l2=on", no.clone()),
-        ("compression_type=zstd", no.clone()),
-        ("preallocation=full", no.clone()),
-        ("backing_file=b", no.clone()),
-        ("backing_fmt=raw", no.clone()),
-        ("data_file=x", no.clone()),
-        ("data_file_raw=on", bad.clone()),
+        ("cluster_size=4096", no),
+        ("extended_l2=on", no),
+        ("compression_type=zstd", no),
+        ("preallocation=full", no),
+        ("backing_file=b", no),
+        ("backing_fmt=raw", no),
+        ("data_file=x", no),
+        ("data_file_raw=on", bad),
         ("data_file_raw=off", None),
-        ("refcount_bits=7", bad.clone()),
-        ("refcount_bits=0", bad.clone()),
-        ("compat=0.9", bad.clone()),
-        ("compat=0.10,refcount_bits=8", bad.clone()),
-        ("compat=0.10,lazy_refcounts=on", bad.clone()),
+        ("refcount_bits=7", bad),
+        ("refcount_bits=0", bad),
+        ("compat=0.9", bad),
+        ("compat=0.10,refcount_bits=8", bad),
+        ("compat=0.10,lazy_refcounts=on", bad),
         ("lazy_refcounts=maybe", bad),
         ("bogus=1", Some(ErrorKind::NotFound)),
-        ("encrypt.format=luks", no.clone()),
+        ("encrypt.format=luks", no),
         ("size=1M", None),
     ] {
         fs::copy(&path, &twin).unwrap();
@@ -299,6 +299,32 @@ fn snapshots_go_along() {
 }
 
 #[test]
+fn what_the_image_was_opened_with_must_still_be_possible() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    for (name, value, change, expected) in [
+        ("lazy-refcounts", "on", "compat=0.10", ErrorKind::InvalidArgument),
+        ("discard-no-unref", "on", "compat=0.10", ErrorKind::InvalidArgument),
+        ("max-metadata-size", "120k", "compat=1.1,refcount_bits=64", ErrorKind::Limit),
+    ] {
+        // One table of blocks counts 16 MiB now, and 4 MiB then.
+        qemu_create(&path, "cluster_size=512", 16 << 20);
+        qemu_io(&path, &["write -P 1 0 6M".into()]);
+        let mut open = OpenOptions::new().writable(true);
+        open.set("cache-size", "8k").unwrap();
+        open.set(name, value).unwrap();
+        let image = Image::open(Source::path(&path), &open).unwrap();
+        let before = fs::read(&path).unwrap();
+        let done = image.amend(&options(change).unwrap(), &mut |_, _| true);
+        assert_eq!(done.unwrap_err().kind(), expected, "{name}");
+        // It is still open, and what it was.
+        assert_eq!(support::read(&image, 0, 512), [1; 512]);
+        image.close().unwrap();
+        assert!(fs::read(&path).unwrap() == before, "{name}");
+    }
+}
+
+#[test]
 fn who_may_not_is_told_so() {
     let scratch = Scratch::new();
     let path = scratch.path("image");
@@ -338,6 +364,6 @@ fn who_may_not_is_told_so() {
     assert_exact(&path);
     let raw = OpenOptions::new().writable(true).format(Format::Raw);
     fs::write(scratch.path("raw"), [0; 512]).unwrap();
-    let raw = Image::open(Source::path(&scratch.path("raw")), &raw).unwrap();
+    let raw = Image::open(Source::path(scratch.path("raw")), &raw).unwrap();
     assert_eq!(kind(&raw), ErrorKind::NotSupported);
 }

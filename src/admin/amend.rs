@@ -179,6 +179,8 @@ impl Disk {
         let Some(image) = self.top() else { return unsupported("a raw image has no options") };
         image.writing()?;
         let Some(plan) = plan(image, snapshots, options)? else { return Ok(None) };
+        // The options of opening may want what the image is not to have any more.
+        self.check_reload(&plan.header)?;
         if plan.expand {
             for snapshot in snapshots {
                 let l1 = l1_of(engine, image, snapshot).await?;
@@ -328,6 +330,7 @@ async fn carry_out<E: Engine>(
     operation.header.incompatible = header.incompatible & !incompatible::DIRTY;
     operation.header.compatible = header.compatible;
     operation.header.autoclear = header.autoclear;
+    operation.disk.check_reload(&operation.header)?;
     operation.switch_all().await?;
     if new_table && rewidth.is_none() {
         operation.free_old_table().await?;

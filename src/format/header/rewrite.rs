@@ -11,7 +11,8 @@ const SECTOR: usize = 512;
 /// Where the fields begin that say nothing about where extensions and names lie.
 const FIELDS: usize = Header::SIZE_AT as usize;
 /// Where those of version 2 and of version 3 end, up to the length of the header.
-const FIELDS_END: [usize; 2] = [72, 100];
+const FIELDS_END_2: usize = 72;
+const FIELDS_END_3: usize = 100;
 
 /// What is to be written.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,7 +35,7 @@ impl Header {
         let old_sector = old.get(..SECTOR).unwrap_or_default();
         let old_version = Header::parse(old)?.version;
         if old_version == self.version {
-            let end = FIELDS_END[usize::from(self.version > 2)];
+            let end = if self.version > 2 { FIELDS_END_3 } else { FIELDS_END_2 };
             let mut sector = old_sector.to_vec();
             let new = self.head(false);
             let same = FIELDS..end;
