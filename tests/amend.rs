@@ -305,13 +305,10 @@ fn what_the_image_was_opened_with_must_still_be_possible() {
     for (name, value, change, expected) in [
         ("lazy-refcounts", "on", "compat=0.10", ErrorKind::InvalidArgument),
         ("discard-no-unref", "on", "compat=0.10", ErrorKind::InvalidArgument),
-        ("max-metadata-size", "120k", "compat=1.1,refcount_bits=64", ErrorKind::Limit),
     ] {
-        // One table of blocks counts 16 MiB now, and 4 MiB then.
         qemu_create(&path, "cluster_size=512", 16 << 20);
         qemu_io(&path, &["write -P 1 0 6M".into()]);
         let mut open = OpenOptions::new().writable(true);
-        open.set("cache-size", "8k").unwrap();
         open.set(name, value).unwrap();
         let image = Image::open(Source::path(&path), &open).unwrap();
         let before = fs::read(&path).unwrap();
