@@ -164,8 +164,8 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
 /// "lazy-refcounts", "overlap-check" and its single switches,
 /// "pass-discard-request", "pass-discard-snapshot" (default: as the former),
-/// "pass-discard-other" (off only), "discard-no-unref"), plus "backing-format" (raw |
-/// qcow2: for an image that stores no backing format, which is otherwise
+/// "pass-discard-other" (off only), "discard-no-unref"), plus
+/// "backing-format" (raw | qcow2: for an image that stores no backing format, which is otherwise
 /// refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
 /// QEMU: a read-write open of an image whose dirty bit is set rebuilds its
 /// refcounts, in time proportional to the image, or fails with
