@@ -72,7 +72,7 @@ fn what_a_deleted_snapshot_had_is_punched_out_if_asked_for() {
         if !snapshots.is_empty() {
             options.set("pass-discard-snapshot", snapshots).unwrap();
         }
-        let opened = Image::open(Source::path(&image).into(), &options).unwrap();
+        let opened = Image::open(Source::path(&image), &options).unwrap();
         opened.snapshot_delete(b"s").unwrap();
         opened.close().unwrap();
         let fewer = blocks(&image) + (1 << 20) / 512 < before;
