@@ -331,7 +331,7 @@ fn who_may_not_is_told_so() {
     assert_eq!(kind(&open(&path)), ErrorKind::ReadOnly);
     let image = std::sync::Arc::new(open_rw(&path));
     {
-        let mut queue = Queue::new(&image, &QueueOptions::default()).unwrap();
+        let queue = Queue::new(&image, &QueueOptions::default()).unwrap();
         queue.read(Buffer::from(vec![0; 512]), 0, 1).unwrap();
         assert_eq!(kind(&image), ErrorKind::Busy);
         assert_eq!(queue.wait(1, 1, None, |_| ()).unwrap(), 1);
