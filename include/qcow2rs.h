@@ -317,24 +317,22 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * qcow2 driver where one exists ("cache-size", "l2-cache-size",
  * "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
  * "lazy-refcounts", "overlap-check" and its single switches,
- * "pass-discard-request", "discard-no-unref"), plus "backing-format" (raw |
- * qcow2: for an image that stores no backing format, which is otherwise
+ * "pass-discard-request", "pass-discard-snapshot" (default: as the former),
+ * "pass-discard-other" (off only), "discard-no-unref"), plus "backing-format"
+ * (raw | qcow2: for an image that stores no backing format, which is otherwise
  * refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
  * QEMU: a read-write open of an image whose dirty bit is set rebuilds its
  * refcounts, in time proportional to the image, or fails with
  * QCOW2RS_E_CORRUPT, nothing changed, where that cannot be; off:
- * QCOW2RS_E_DIRTY),
- * "allow-qcow2-magic" (on|off, default off: see set_format),
- * "max-chain-depth" (images below this one, default 200),
- * "max-metadata-size" (default 1G: for the whole chain, caches included; the
- * cache sizes are per layer),
- * "max-virtual-size" (default: the format's), "backing-direct" (on|off:
- * O_DIRECT for the images below, default as this one's, so that many disks can
- * share one base's page cache).  Accepted, with nothing to change:
+ * QCOW2RS_E_DIRTY), "allow-qcow2-magic" (on|off, default off: see set_format),
+ * "max-chain-depth" (images below this one, default 200), "max-metadata-size"
+ * (default 1G: for the whole chain, caches included; the cache sizes are per
+ * layer), "max-virtual-size" (default: the format's), "backing-direct"
+ * (on|off: O_DIRECT for the images below, default as this one's, so that many
+ * disks can share one base's page cache).  Accepted, with nothing to change:
  * "cache-clean-interval" (there is no thread that would clean; the caches keep
- * to their sizes),
- * "overlap-check" (the check is always on, for what "cached" means; "all" adds
- * nothing).
+ * to their sizes), "overlap-check" (the check is always on, for what "cached"
+ * means; "all" adds nothing).
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
  * that this build does not have. */
 int qcow2rs_open_opts_set(struct qcow2rs_open_opts *o, const char *name,
@@ -717,6 +715,23 @@ int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
  * its size tells what has happened. */
 int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
                    uint32_t flags, qcow2rs_progress_fn progress, void *opaque);
+
+/* -------------------------------------------------------------------- Amend */
+
+/* [EXCL] Changes what can be changed in place, option names of `qemu-img
+ * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; what was not set
+ * in opts stays.  Durable on return.  progress may be NULL.  Counters of the
+ * image start again.
+ * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
+ * another size or backing file, which are not changed by amending; for 0.10:
+ * extended L2 entries, zstd, bitmaps, snapshots of another size or with zero
+ * clusters.  -EINVAL: options that do not go together (0.10 needs
+ * refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
+ * so.  -EROFS, -EBUSY, -ENOSPC, -EFBIG.  After any of these the image is as it
+ * was, but that zero clusters may have become data on the way to 0.10. */
+int qcow2rs_amend(struct qcow2rs_image *img,
+                  const struct qcow2rs_create_opts *opts,
+                  qcow2rs_progress_fn progress, void *opaque);
 
 /* ------------------------------------------------------- Internal snapshots */
 

@@ -36,7 +36,7 @@
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
 //! | `snapshots` | internal snapshots: list, create, apply, delete, rename, open |
 //! | `queue` | asynchronous requests on an image, driven by their caller |
-//! | `admin` | create, measure, probe, check, resize |
+//! | `admin` | create, amend, measure, probe, check, resize |
 //! | `capi` | the C API |
 #![deny(unsafe_code)]
 
@@ -82,6 +82,7 @@ pub mod hot {
 #[doc(hidden)]
 pub mod capi;
 
+pub use admin::amend::AmendOptions;
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };

@@ -197,6 +197,14 @@ define! {
     /// A slice read before a write-back may enter the cache after it.
     StaleSliceAccepted,
 
+    // Amending.
+    /// The header names new refcounts, or is of another version, before what it needs is
+    /// durable.
+    AmendSwitchedEarly,
+    /// New refcounts count the old ones, too.
+    AmendCountsOld,
+    /// Zero clusters stay when the version becomes 2.
+    AmendZeroesKept,
     // Internal snapshots.
     /// The refcounts that a snapshot raises are raised when the header names it already.
     SnapshotRaisedLate,

@@ -1,5 +1,6 @@
-//! What is done to images as wholes: create, measure, probe, check, resize.
+//! What is done to images as wholes: create, amend, measure, probe, check, resize.
 
+pub mod amend;
 mod check;
 pub mod create;
 mod layout;

@@ -76,7 +76,7 @@ fn unsupported(name: &str, value: &str) -> Error {
     Error::new(ErrorKind::NotSupported, text)
 }
 
-fn version(name: &str, value: &str) -> Result<u32> {
+pub(super) fn version(name: &str, value: &str) -> Result<u32> {
     match value {
         "0.10" | "v2" => Ok(2),
         "1.1" | "v3" => Ok(3),

@@ -10,4 +10,5 @@ pub mod limbo;
 pub mod overlap;
 pub mod packing;
 pub mod refcounts;
+pub mod rewidth;
 mod together;

@@ -17,17 +17,40 @@ use crate::image::options::Format;
 pub const QCOW2RS_CREATE_EXCL: u32 = 1;
 
 /// What a new image is to be.  Reusable for any number of images.
-pub struct qcow2rs_create_opts(Handle<Mutex<CreateOptions>>);
-object!(qcow2rs_create_opts: Mutex<CreateOptions>);
+pub struct qcow2rs_create_opts(Handle<Mutex<CreateSettings>>);
+object!(qcow2rs_create_opts: Mutex<CreateSettings>);
 
-fn settings(opts: &Mutex<CreateOptions>) -> MutexGuard<'_, CreateOptions> {
+/// Options for an image that is made, or that is changed.
+#[derive(Default)]
+pub struct CreateSettings {
+    create: CreateOptions,
+    /// What was set, by name, in that order: what was not does not change.
+    given: Vec<(String, String)>,
+}
+
+impl CreateSettings {
+    fn give(&mut self, name: &str, value: &str) {
+        self.given.push((name.to_owned(), value.to_owned()));
+    }
+}
+
+fn settings(opts: &Mutex<CreateSettings>) -> MutexGuard<'_, CreateSettings> {
     // A panic poisons the handle, whose options nobody sees again.
     opts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn copy(call: &Call, opts: *const qcow2rs_create_opts) -> Result<CreateOptions> {
     let opts = call.held(opts)?;
-    Ok(settings(&opts).clone())
+    Ok(settings(&opts).create.clone())
+}
+
+/// What was set, by name.
+pub(super) fn given(
+    call: &Call,
+    opts: *const qcow2rs_create_opts,
+) -> Result<Vec<(String, String)>> {
+    let opts = call.held(opts)?;
+    Ok(settings(&opts).given.clone())
 }
 
 /// [MT]
@@ -55,7 +78,9 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_size(
 ) -> c_int {
     entry!(|call| {
         let opts = call.held(o)?;
-        settings(&opts).size = Some(bytes);
+        let mut settings = settings(&opts);
+        settings.create.size = Some(bytes);
+        settings.give("size", &bytes.to_string());
         Ok(0)
     })
 }
@@ -81,7 +106,10 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_backing(
         let Some(format) = Format::from_name(format.to_bytes()) else {
             return Err(Error::invalid(format!("{format:?} is no backing format: raw or qcow2")));
         };
-        settings(&opts).backing = Some((name.to_vec(), format));
+        let mut settings = settings(&opts);
+        settings.create.backing = Some((name.to_vec(), format));
+        settings.give("backing_file", &String::from_utf8_lossy(name));
+        settings.give("backing_fmt", format.name());
         Ok(0)
     })
 }
@@ -107,7 +135,7 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_data_file(
                 name.len()
             )));
         }
-        settings(&opts).data_file = Some((name.to_vec(), source?));
+        settings(&opts).create.data_file = Some((name.to_vec(), source?));
         Ok(0)
     })
 }
@@ -128,7 +156,9 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set(
     entry!(|call| {
         let opts = call.held(o)?;
         let (name, value) = (call.text(name, "name")?, call.text(value, "value")?);
-        settings(&opts).set(name, value)?;
+        let mut settings = settings(&opts);
+        settings.create.set(name, value)?;
+        settings.give(name, value);
         Ok(0)
     })
 }

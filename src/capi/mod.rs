@@ -65,6 +65,9 @@ pub use check::*;
 mod resize;
 pub use resize::*;
 
+mod amend;
+pub use amend::*;
+
 mod snapshots;
 pub use snapshots::*;
 

@@ -163,24 +163,22 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// qcow2 driver where one exists ("cache-size", "l2-cache-size",
 /// "l2-cache-entry-size", "refcount-cache-size", "cache-clean-interval",
 /// "lazy-refcounts", "overlap-check" and its single switches,
-/// "pass-discard-request", "discard-no-unref"), plus "backing-format" (raw |
-/// qcow2: for an image that stores no backing format, which is otherwise
+/// "pass-discard-request", "pass-discard-snapshot" (default: as the former),
+/// "pass-discard-other" (off only), "discard-no-unref"), plus "backing-format"
+/// (raw | qcow2: for an image that stores no backing format, which is otherwise
 /// refused with QCOW2RS_E_BACKING), "repair-dirty" (on|off, default on as in
 /// QEMU: a read-write open of an image whose dirty bit is set rebuilds its
 /// refcounts, in time proportional to the image, or fails with
 /// QCOW2RS_E_CORRUPT, nothing changed, where that cannot be; off:
-/// QCOW2RS_E_DIRTY),
-/// "allow-qcow2-magic" (on|off, default off: see set_format),
-/// "max-chain-depth" (images below this one, default 200),
-/// "max-metadata-size" (default 1G: for the whole chain, caches included; the
-/// cache sizes are per layer),
-/// "max-virtual-size" (default: the format's), "backing-direct" (on|off:
-/// O_DIRECT for the images below, default as this one's, so that many disks can
-/// share one base's page cache).  Accepted, with nothing to change:
+/// QCOW2RS_E_DIRTY), "allow-qcow2-magic" (on|off, default off: see set_format),
+/// "max-chain-depth" (images below this one, default 200), "max-metadata-size"
+/// (default 1G: for the whole chain, caches included; the cache sizes are per
+/// layer), "max-virtual-size" (default: the format's), "backing-direct"
+/// (on|off: O_DIRECT for the images below, default as this one's, so that many
+/// disks can share one base's page cache).  Accepted, with nothing to change:
 /// "cache-clean-interval" (there is no thread that would clean; the caches keep
-/// to their sizes),
-/// "overlap-check" (the check is always on, for what "cached" means; "all" adds
-/// nothing).
+/// to their sizes), "overlap-check" (the check is always on, for what "cached"
+/// means; "all" adds nothing).
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
 /// that this build does not have.
 #[unsafe(no_mangle)]

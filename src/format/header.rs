@@ -5,6 +5,7 @@
 //! whether tables overlap or lie inside the file is not known here.
 
 mod parse;
+pub mod rewrite;
 
 use super::compression::Compression;
 use super::extensions::Extensions;
@@ -94,6 +95,27 @@ impl Header {
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.check_writable()?;
         let cluster_size = self.geometry.cluster_size();
+        let names = self.version >= 3 && cluster_size > NAMES_ABOVE;
+        let mut out = self.head(names);
+        if let Some(backing) = &self.backing {
+            let at = out.len() as u64;
+            place_name(&mut out, at, backing);
+            out.extend(&backing.name);
+        }
+        if out.len() as u64 > cluster_size {
+            return Err(Error::invalid(format!(
+                "the header needs {} bytes but a cluster has {cluster_size}: shorten the backing \
+                 file's name or use larger clusters",
+                out.len()
+            )));
+        }
+        out.resize(1 << self.geometry.cluster_bits, 0);
+        Ok(out)
+    }
+
+    /// The fields and the extensions; the backing file's name has no place yet.
+    /// `names`: with the names of feature bits.
+    fn head(&self, names: bool) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend(MAGIC.to_be_bytes());
         out.extend(self.version.to_be_bytes());
@@ -115,23 +137,8 @@ impl Header {
             out.extend(&self.unknown_fields);
         }
         let format = self.backing.as_ref().and_then(|backing| backing.format.as_deref());
-        let names = self.version >= 3 && cluster_size > NAMES_ABOVE;
         self.extensions.append_to(&mut out, format, self.external_data_file(), names);
-        if let Some(backing) = &self.backing {
-            let mut place = (out.len() as u64).to_be_bytes().to_vec();
-            place.extend((backing.name.len() as u32).to_be_bytes());
-            out.splice(8..20, place);
-            out.extend(&backing.name);
-        }
-        if out.len() as u64 > cluster_size {
-            return Err(Error::invalid(format!(
-                "the header needs {} bytes but a cluster has {cluster_size}: shorten the backing \
-                 file's name or use larger clusters",
-                out.len()
-            )));
-        }
-        out.resize(1 << self.geometry.cluster_bits, 0);
-        Ok(out)
+        out
     }
 
     /// What [`Header::to_bytes`] could not express.
@@ -311,6 +318,13 @@ impl Header {
     pub fn snapshots_patch(&self) -> [u8; 12] {
         patch((u128::from(self.snapshot_count) << 64) | u128::from(self.snapshots_offset))
     }
+}
+
+/// Says in the fields where the backing file's name lies.
+fn place_name(head: &mut Vec<u8>, at: u64, backing: &BackingRef) {
+    let mut place = at.to_be_bytes().to_vec();
+    place.extend((backing.name.len() as u32).to_be_bytes());
+    head.splice(8..20, place);
 }
 
 /// The low 12 bytes of a number, big endian.

@@ -160,6 +160,20 @@ impl Disk {
         Ok(Disk::new(layers, options.clone()))
     }
 
+    /// The memory that the images below leave to this disk's own.
+    fn budget_above(&self) -> Budget {
+        let below = self.layers.get(1..).unwrap_or_default();
+        let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
+        Budget(self.options.max_metadata_size.saturating_sub(held))
+    }
+
+    /// Whether this disk's own image could be opened again with another header, as far
+    /// as options and memory go.
+    pub(crate) fn check_reload(&self, header: &Header) -> Result<()> {
+        let name = self.layers.first().map_or("", |top| top.storage().name());
+        reserve(header, &self.options, &mut self.budget_above(), name).map(drop)
+    }
+
     /// The same chain, with its own image read again from the storage that it is on.
     /// To be called after everything of it has been settled, and to take the place of
     /// this disk.
@@ -168,7 +182,7 @@ impl Disk {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have no metadata"));
         };
         let (options, below) = (&self.options, self.layers.get(1..).unwrap_or_default());
-        let mut budget = self.budget();
+        let mut budget = self.budget_above();
         let first = read(engine, &old.storage, 0, Header::READ_FIRST).await?;
         let storage = old.storage.clone();
         let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
@@ -179,19 +193,6 @@ impl Disk {
         let mut layers = vec![Layer::Qcow2(Arc::new(image))];
         layers.extend_from_slice(below);
         Ok(Disk::new(layers, options.clone()))
-    }
-
-    /// The memory that `reload` may take.
-    fn budget(&self) -> Budget {
-        let below = self.layers.get(1..).unwrap_or_default();
-        let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
-        Budget(self.options.max_metadata_size.saturating_sub(held))
-    }
-
-    /// Whether the options allow for `reload` to find this header. `Limit`.
-    pub fn check_reload(&self, header: &Header) -> Result<()> {
-        let name = self.layers.first().map_or("", |layer| layer.storage().name());
-        reserve(header, &self.options, &mut self.budget(), name).map(drop)
     }
 }
 
@@ -250,7 +251,9 @@ fn below(options: &OpenOptions, format: Format) -> OpenOptions {
         l2_cache_entry_size: None,
         no_backing: false,
         check_only: false,
+        // What only images that are written heed, and not every version has.
         lazy_refcounts: None,
+        discard_no_unref: false,
         ..options.clone()
     }
 }
@@ -432,6 +435,11 @@ pub(crate) fn reserve(
     check_size(size, options, name)?;
     if options.lazy_refcounts == Some(true) && header.version < 3 {
         return Err(Error::invalid(format!("{name}: lazy refcounts need version 3 (compat=1.1)")));
+    }
+    if options.discard_no_unref && header.version < 3 {
+        return Err(Error::invalid(format!(
+            "{name}: \"discard-no-unref\" needs version 3 (compat=1.1)"
+        )));
     }
     budget.take(header.extra_bytes(), "what is in the header", name)?;
     budget.take(l1_size(header, options) as u64 * 8, "the L1 table", name)?;

@@ -100,6 +100,7 @@ async fn open_for_writing<E: Engine>(
         features: FeatureBits::new(header.incompatible),
         lazy: options.lazy_refcounts.unwrap_or(header.version >= 3 && header.lazy_refcounts()),
         punch: options.discard,
+        punch_snapshots: options.discard_snapshots.unwrap_or(options.discard),
         discard_keeps: options.discard_no_unref,
         cow_bytes: AtomicU64::new(0),
     })

@@ -36,6 +36,8 @@ impl OpenOptions {
     /// | overlap-check.template | as above | as above |
     /// | overlap-check.KIND | on, off | as above, for one kind of metadata |
     /// | pass-discard-request | on, off | whether freed clusters are punched out of the storage |
+    /// | pass-discard-snapshot | on, off | the same where a snapshot is deleted or gone back to; default: as pass-discard-request |
+    /// | pass-discard-other | off | the same for tables, whose clusters are kept |
     /// | discard-no-unref | on, off | whether a discard keeps the host cluster |
     /// | backing-format | raw, qcow2 | of a backing file whose image stores no format |
     /// | backing-direct | on, off | O_DIRECT for the images below |
@@ -65,6 +67,12 @@ impl OpenOptions {
                 }
             }
             "pass-discard-request" => self.discard = switch(name, value)?,
+            "pass-discard-snapshot" => self.discard_snapshots = Some(switch(name, value)?),
+            "pass-discard-other" => {
+                if switch(name, value)? {
+                    return Err(unsupported(name, value));
+                }
+            }
             "discard-no-unref" => self.discard_no_unref = switch(name, value)?,
             "backing-format" => self.backing_format = Some(format(name, value)?),
             "backing-direct" => self.backing_direct = Some(switch(name, value)?),
@@ -76,13 +84,8 @@ impl OpenOptions {
             }
             "max-metadata-size" => self.max_metadata_size = size(name, value)?,
             "max-virtual-size" => self.max_virtual_size = size(name, value)?,
-            "pass-discard-snapshot"
-            | "pass-discard-other"
-            | "data-file"
-            | "encrypt.format"
-            | "encrypt.key-secret" => {
-                let text = format!("the open option {name:?} is not supported by this build");
-                return Err(Error::new(ErrorKind::NotSupported, text));
+            "data-file" | "encrypt.format" | "encrypt.key-secret" => {
+                return Err(unsupported(name, value));
             }
             _ => match name.strip_prefix("overlap-check.") {
                 Some(kind) if METADATA.contains(&kind) => {
@@ -121,6 +124,12 @@ impl OpenOptions {
     }
 }
 
+#[cold]
+fn unsupported(name: &str, value: &str) -> Error {
+    let text = format!("the open option {name:?} = {value:?} is not supported by this build");
+    Error::new(ErrorKind::NotSupported, text)
+}
+
 /// Its upper limit, the image's cluster size, is not known yet.
 fn slice_size(name: &str, value: &str) -> Result<u64> {
     let bytes = size(name, value)?;
@@ -152,6 +161,8 @@ mod tests {
             ("l2-cache-entry-size", "8k"),
             ("refcount-cache-size", "0x40000"),
             ("pass-discard-request", "off"),
+            ("pass-discard-snapshot", "on"),
+            ("pass-discard-other", "off"),
             ("discard-no-unref", "on"),
             ("backing-format", "raw"),
             ("backing-direct", "off"),
@@ -169,6 +180,7 @@ mod tests {
         assert_eq!(options.l2_cache_entry_size, Some(8192));
         assert_eq!(options.refcount_cache_size, Some(0x40000));
         assert!(!options.discard && options.discard_no_unref);
+        assert_eq!(options.discard_snapshots, Some(true));
         assert_eq!(options.backing_format, Some(Format::Raw));
         assert_eq!(options.backing_direct, Some(false));
         assert_eq!(options.lazy_refcounts, Some(true));
@@ -225,6 +237,8 @@ mod tests {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
         assert_eq!(kind("encrypt.key-secret", "sec0"), ErrorKind::NotSupported);
+        assert_eq!(kind("pass-discard-other", "on"), ErrorKind::NotSupported);
+        assert_eq!(kind("pass-discard-other", "some"), ErrorKind::InvalidArgument);
     }
 
     #[test]

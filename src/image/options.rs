@@ -119,6 +119,9 @@ pub struct OpenOptions {
     pub check_only: bool,
     /// Give the space of freed clusters back to the file system.
     pub discard: bool,
+    /// The same for what a snapshot had that is deleted or gone back to; `None`: as
+    /// `discard` says.
+    pub discard_snapshots: Option<bool>,
     /// Discard keeps the host cluster ("discard-no-unref").
     pub discard_no_unref: bool,
     /// Open as raw, for writing, what starts with the qcow2 magic.
@@ -164,6 +167,7 @@ impl Default for OpenOptions {
             no_backing: false,
             check_only: false,
             discard: true,
+            discard_snapshots: None,
             discard_no_unref: false,
             allow_qcow2_magic: false,
             backing_format: None,

@@ -82,6 +82,8 @@ pub struct Writing {
     pub lazy: bool,
     /// Whether the space of what is freed is given back.
     pub punch: bool,
+    /// The same for what snapshots had.
+    pub punch_snapshots: bool,
     /// Discards keep their host clusters.
     pub discard_keeps: bool,
     /// Bytes read from below (or from an older place) and copied.

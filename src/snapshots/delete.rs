@@ -34,7 +34,7 @@ impl Disk {
 }
 
 /// The L1 table of a snapshot. `Corrupt`; `OutOfMemory`.
-pub(super) async fn l1_of<E: Engine>(
+pub(crate) async fn l1_of<E: Engine>(
     engine: &E,
     image: &Qcow2,
     snapshot: &Snapshot,

@@ -7,8 +7,8 @@
 
 mod apply;
 mod create;
-mod delete;
-mod list;
+pub(crate) mod delete;
+pub(crate) mod list;
 mod open;
 pub(crate) mod operation;
 pub(crate) mod tables;
@@ -151,8 +151,8 @@ impl Image {
         self.alter(|disk| block_on(disk.snapshot_apply(&Blocking, id_or_name)).into())
     }
 
-    /// Deletes a snapshot; what it alone had is free, and punched out if the image was
-    /// opened with `discard`. Durable on return.
+    /// Deletes a snapshot; what it alone had is free, and punched out unless the image
+    /// was opened without that (`discard_snapshots`). Durable on return.
     ///
     /// Errors: `NotFound`; `Busy` if it is open; `Limit` and `NoSpace` as for
     /// `snapshot_create`. After any of these the image is as it was.

@@ -157,12 +157,36 @@ impl<'a, E: Engine> Operation<'a, E> {
         self.header.reftable_clusters = self.header.geometry.clusters_for(bytes) as u32;
         self.header.incompatible = self.image.incompatible();
         let patch = self.header.tables_patch();
-        let block = Block::from_bytes(&patch)?;
-        let piece = [Piece::Block(block.slice(0, patch.len()))];
-        self.image.storage.write(self.engine, &piece, Header::SIZE_AT).await?;
+        self.write_header(&patch, Header::SIZE_AT).await?;
         self.fresh.clear();
         mutant!(SnapshotFreedEarly => return Ok(()));
         self.sync().await
+    }
+
+    /// As `switch`, where the version or the width of refcounts changes, too: all of
+    /// `header` takes the place of the old one. Nothing may be dirty.
+    pub async fn switch_all(&mut self) -> Result<()> {
+        let (engine, storage) = (self.engine, &self.image.storage);
+        let first = read(engine, storage, 0, Header::READ_FIRST).await?;
+        let old = read(engine, storage, 0, Header::bytes_wanted(&first)?).await?;
+        let rewrite = self.header.rewrite(&old)?;
+        if let Some((offset, name)) = &rewrite.name {
+            // Where the old header has nothing.
+            self.write_header(name, *offset).await?;
+        }
+        self.begun = true;
+        if !mutant!(AmendSwitchedEarly) {
+            self.sync().await?;
+        }
+        self.write_header(&rewrite.sector, 0).await?;
+        self.fresh.clear();
+        self.sync().await
+    }
+
+    async fn write_header(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let block = Block::from_bytes(bytes)?;
+        let piece = [Piece::Block(block.slice(0, bytes.len()))];
+        self.image.storage.write(self.engine, &piece, offset).await
     }
 
     /// A table that is not named any more is freed.
@@ -181,7 +205,7 @@ impl<'a, E: Engine> Operation<'a, E> {
 
     /// Gives back to the file system what has become free.
     pub async fn punch(&self, lowered: &Lowered) {
-        if !self.writing.punch || !self.image.storage.can_punch() {
+        if !self.writing.punch_snapshots || !self.image.storage.can_punch() {
             return;
         }
         let bits = self.image.geometry().cluster_bits;

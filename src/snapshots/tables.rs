@@ -107,6 +107,23 @@ pub fn count_entries(
     Ok(flagged)
 }
 
+/// Whether there is a zero cluster in what an L1 table leads to. `Corrupt`.
+pub async fn has_zeroes<E: Engine>(engine: &E, image: &Qcow2, l1: &[u64]) -> Result<bool> {
+    let size = image.geometry().cluster_size();
+    for (table, _) in named(image, l1)? {
+        let bytes = read(engine, &image.storage, table, size as usize).await?;
+        for entry in entries(image, &bytes) {
+            match image.format.decode(entry)? {
+                Cluster::None { zero } | Cluster::Standard { zero, .. } if zero != 0 => {
+                    return Ok(true);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(false)
+}
+
 fn entries<'a>(image: &Qcow2, bytes: &'a [u8]) -> impl Iterator<Item = L2Entry> + use<'a> {
     bytes.chunks_exact(image.format.words() * 8).map(|entry| {
         let mut words = words_of(entry);

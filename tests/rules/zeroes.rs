@@ -116,6 +116,22 @@ fn version_2_has_no_zero_clusters() {
 }
 
 #[test]
+fn version_2_keeps_no_host_cluster_of_a_discard() {
+    let scratch = Scratch::new();
+    let mut options = OpenOptions::new().policy(Policy::Paths).writable(true);
+    options.set("discard-no-unref", "on").unwrap();
+    let path = image(&scratch, "compat=0.10", false);
+    let error = Image::open(Source::path(&path), &options).err().unwrap();
+    assert_eq!(error.kind(), qcow2rs::ErrorKind::InvalidArgument);
+    let image = format!("driver=qcow2,file.filename={},discard-no-unref=on", text(&path));
+    assert!(!qemu("qemu-io", &["--image-opts", "-c", "read 0 512", &image]).status.success());
+    // Below one of version 3 it does not matter.
+    let top = scratch.path("top");
+    qemu_create(&top, "backing_file=image,backing_fmt=qcow2", 4 * CLUSTER);
+    Image::open(Source::path(&top), &options).unwrap().close().unwrap();
+}
+
+#[test]
 fn zeroes_in_an_empty_extended_cluster_allocate_nothing() {
     let scratch = Scratch::new();
     for backed in [false, true] {

@@ -53,6 +53,34 @@ fn listed(image: &Image) -> Vec<(String, String)> {
     all.map(|info| (string(info.id), string(info.name))).collect()
 }
 
+#[test]
+fn what_a_deleted_snapshot_had_is_punched_out_if_asked_for() {
+    use std::os::unix::fs::MetadataExt;
+    let scratch = Scratch::new();
+    let blocks = |path: &Path| std::fs::metadata(path).unwrap().blocks();
+    for (request, snapshots, punched) in
+        [("on", "on", true), ("on", "off", false), ("off", "on", true), ("off", "", false)]
+    {
+        let image = scratch.path("punched.qcow2");
+        qemu_create(&image, "", 64 * CLUSTER);
+        qemu_io(&image, &["write -P 1 0 2M".into()]);
+        snapshot(&image, &["-c", "s"]);
+        qemu_io(&image, &["write -P 2 0 2M".into()]);
+        let before = blocks(&image);
+        let mut options = OpenOptions::new().writable(true);
+        options.set("pass-discard-request", request).unwrap();
+        if !snapshots.is_empty() {
+            options.set("pass-discard-snapshot", snapshots).unwrap();
+        }
+        let opened = Image::open(Source::path(&image), &options).unwrap();
+        opened.snapshot_delete(b"s").unwrap();
+        opened.close().unwrap();
+        let fewer = blocks(&image) + (1 << 20) / 512 < before;
+        assert_eq!(fewer, punched, "{request} {snapshots}");
+        qemu_img_check(&image);
+    }
+}
+
 /// An image and what it and its snapshots must read as.
 struct Run {
     case: Case,

@@ -6,6 +6,7 @@
 
 pub mod scene;
 
+mod amend;
 mod cancel;
 mod compressing;
 mod data_files;

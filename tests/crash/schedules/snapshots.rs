@@ -75,7 +75,7 @@ pub struct State {
 
 impl State {
     /// Read with other code than the driver's.
-    fn of(disk: &SimDisk) -> State {
+    pub fn of(disk: &SimDisk) -> State {
         let file = disk.file("image").expect("there is an image");
         State::with_snapshots_of(disk, Header::read(&*file).expect("it has a header").size)
     }

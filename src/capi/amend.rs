@@ -1,0 +1,55 @@
+//! Amend
+
+use std::ffi::{c_int, c_void};
+
+use super::check::qcow2rs_progress_fn;
+use super::create::{given, qcow2rs_create_opts};
+use super::open::qcow2rs_image;
+use crate::admin::amend::AmendOptions;
+
+/// The program's function and what it is called with.
+struct Progress {
+    function: qcow2rs_progress_fn,
+    opaque: *mut c_void,
+}
+
+// SAFETY: an address that the library never looks at; the function is called by the
+// thread that called the library, before it returns.
+unsafe impl Send for Progress {}
+
+impl Progress {
+    fn tell(&mut self, done: u64, total: u64) -> bool {
+        // SAFETY: the program gave the function for calls like this one.
+        self.function.is_none_or(|function| unsafe { function(self.opaque, done, total) } == 0)
+    }
+}
+
+/// [EXCL] Changes what can be changed in place, option names of `qemu-img
+/// amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; what was not set
+/// in opts stays.  Durable on return.  progress may be NULL.  Counters of the
+/// image start again.
+/// -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
+/// another size or backing file, which are not changed by amending; for 0.10:
+/// extended L2 entries, zstd, bitmaps, snapshots of another size or with zero
+/// clusters.  -EINVAL: options that do not go together (0.10 needs
+/// refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
+/// so.  -EROFS, -EBUSY, -ENOSPC, -EFBIG.  After any of these the image is as it
+/// was, but that zero clusters may have become data on the way to 0.10.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_amend(
+    img: *mut qcow2rs_image,
+    opts: *const qcow2rs_create_opts,
+    progress: qcow2rs_progress_fn,
+    opaque: *mut c_void,
+) -> c_int {
+    entry!(|call| {
+        let image = call.held(img)?;
+        let mut options = AmendOptions::default();
+        for (name, value) in given(call, opts)? {
+            options.set(&name, &value)?;
+        }
+        let mut program = Progress { function: progress, opaque };
+        image.amend(&options, &mut |done, total| program.tell(done, total))?;
+        Ok(0)
+    })
+}
