@@ -155,8 +155,7 @@ mod tests {
 
     #[test]
     fn what_has_no_place_is_refused() {
-        let mut header = with_name(3, 1000);
-        header.geometry.cluster_bits = 11;
+        let header = Header { backing: with_name(3, 1000).backing, ..header_samples::header(11) };
         let old = header.to_bytes().unwrap();
         let new = Header { version: 2, ..header };
         assert_eq!(new.rewrite(&old).unwrap_err().kind(), ErrorKind::NotSupported);
