@@ -5,7 +5,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use qcow2rs::error::ErrorKind;
 use qcow2rs::format::bitmap::{AUTO, BitmapCluster, encode_directory, parse_directory};
 use qcow2rs::format::compressed::inflate;
 use qcow2rs::format::header::{Header, autoclear};
