@@ -109,8 +109,6 @@ define! {
     // New metadata.
     /// A refcount block is named before a sync has made it durable.
     NoSyncBeforeNewBlock,
-    /// Pointers are written before the table durably names a new refcount block.
-    NoSyncAfterNewBlock,
     /// The header names a larger refcount table before a sync.
     NoSyncBeforeTableSwitch,
     /// The old refcount table is freed before the header's switch is durable.

@@ -186,9 +186,7 @@ impl Qcow2 {
             allocator.refcounts.write_back(engine, &self.storage).await?;
         }
         // The entries of new refcount blocks are durable before what these count is.
-        if allocator.name_blocks(engine, &self.storage).await? && !mutant!(NoSyncAfterNewBlock) {
-            pass.ordered = true;
-        }
+        pass.ordered |= allocator.name_blocks(engine, &self.storage).await?;
         // Without the order, for benchmarks of what it costs: never for data.
         let ordered = pass.ordered
             && !cfg!(qcow2rs_unordered)

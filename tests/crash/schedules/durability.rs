@@ -255,7 +255,7 @@ fn a_larger_refcount_table_is_durable_before_the_header_names_it() {
 fn refcount_blocks_and_larger_tables_are_complete_before_they_are_named() {
     play(|seed| {
         // New blocks, one after the other; a new table, at once.
-        for (crowded, clusters, every) in [(false, 200, 16), (true, 40, 2)] {
+        for (crowded, clusters, every) in [(false, 200, 1), (true, 40, 2)] {
             let config = config(Kind { crowded, ..tiny().kind });
             let scene = Scene::new(&config, seed, |_| Before::Nothing);
             let table = Header::read(&*scene.file()).unwrap().reftable.offset;
@@ -386,8 +386,11 @@ fn after_a_failed_sync_nothing_is_taken_for_durable() {
 #[test]
 fn nothing_is_named_on_the_word_of_a_sync_that_comes_after_a_failed_one() {
     play(|seed| {
-        let scene =
-            Scene::new(&config(Kind { crowded: true, ..tiny().kind }), seed, |_| Before::Nothing);
+        let config = config(Kind { crowded: true, ..tiny().kind });
+        let before = |cluster| if cluster == 100 { Before::Stored } else { Before::Nothing };
+        let scene = Scene::new(&config, seed, before);
+        // The flush has something to sync.
+        scene.play(scene.write(scene.cluster(100))).unwrap();
         // A larger refcount table is written and waits for its sync; a flush has one
         // that fails: the system forgets both.
         let hold = scene.hold(OpKind::Sync);
