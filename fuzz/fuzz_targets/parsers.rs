@@ -65,7 +65,7 @@ fn geometry(bytes: &[u8]) -> Geometry {
 fn entries(bytes: &[u8]) {
     let geometry = geometry(bytes);
     for version in [2, 3] {
-        let format = L2Format { geometry, version };
+        let format = L2Format { geometry, version, data_file: false };
         for index in 0..bytes.len() / 16 {
             let (descriptor, bitmap) = (word(bytes, index * 2), word(bytes, index * 2 + 1));
             let _ = BitmapCluster::decode(descriptor, geometry);
