@@ -216,7 +216,7 @@ fn what_is_freed_during_a_search_for_free_clusters_is_found_by_the_next() {
                 scene.play(scene.write_clusters(*cluster..cluster + 1)).unwrap();
                 scene.file().length() > length
             };
-            let end = tiny().kind.size / u64::from(tiny().kind.cluster);
+            let end = tiny().kind.size / tiny().kind.cluster;
             let room = (101..end).find(grows).unwrap_or(end) - 101;
             scene.close();
             room
