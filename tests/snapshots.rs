@@ -11,25 +11,13 @@ use std::path::{Path, PathBuf};
 
 use qcow2rs::{Image, WriteFlags, ZeroFlags};
 use support::dissect::{COMPRESSED, COPIED, Dissected, OFFSET, ZERO, field};
-use support::operations::{Backing, Case, Op};
+use support::operations::{Case, Op};
 use support::refcounts::assert_exact;
+use support::snapshots::{Layout, cases, content_of, snapshot};
 use support::{
     Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, open_somehow,
     qemu, qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
 };
-
-fn snapshot(image: &Path, action: &str, name: &str) {
-    qemu_ok("qemu-img", &["snapshot", action, name, text(image)]);
-}
-
-/// What QEMU reads from a snapshot.
-fn content_of(image: &Path, name: &str) -> Vec<u8> {
-    let out = image.with_file_name("snapshot.raw");
-    let select = format!("snapshot.name={name}");
-    let args = ["convert", "-f", "qcow2", "-O", "raw", "-l", &select, text(image), text(&out)];
-    qemu_ok("qemu-img", &args);
-    std::fs::read(out).unwrap()
-}
 
 /// An image and what it and its snapshots must read as.
 struct Run {
@@ -84,7 +72,7 @@ impl Run {
 
     fn snapshot(&mut self) {
         let name = format!("s{}", self.snapshots.len());
-        snapshot(&self.path, "-c", &name);
+        snapshot(&self.path, &["-c", &name]);
         self.snapshots.push((name, self.active.clone()));
     }
 
@@ -104,7 +92,7 @@ impl Run {
         for (name, content) in &self.snapshots {
             let path = self.path.with_file_name("copy");
             std::fs::copy(&self.path, &path).unwrap();
-            snapshot(&path, "-a", name);
+            snapshot(&path, &["-a", name]);
             assert_content(&open(&path), content);
             let image = open_rw(&path);
             let mut active = content.clone();
@@ -122,35 +110,25 @@ impl Run {
     }
 }
 
-fn cases(seed: u64) -> Vec<Case> {
-    let layouts = [
-        (2, 512u64, false, 16),
-        (2, 65536, false, 16),
-        (3, 512, false, 2),
-        (3, 512, false, 64),
-        (3, 4096, false, 4),
-        (3, 65536, false, 8),
-        (3, 65536, false, 16),
-        (3, 2 << 20, false, 32),
-        (3, 16384, true, 16),
-        (3, 16384, true, 2),
-        (3, 65536, true, 4),
-        (3, 131072, true, 64),
-    ];
-    let case = |(n, layout): (usize, (u32, u64, bool, u32))| {
-        let (version, cluster_size, extended_l2, refcount_bits) = layout;
-        let size = (cluster_size * 40).clamp(100_352, 8 << 20) + 1536;
-        let backings = [Backing::None, Backing::Raw(size / 2 + 512), Backing::Qcow2(size + 8192)];
-        let backing = backings[(n + seed as usize) % backings.len()];
-        Case { version, cluster_size, extended_l2, refcount_bits, size, backing }
-    };
-    layouts.into_iter().enumerate().map(case).collect()
-}
+const LAYOUTS: &[Layout] = &[
+    (2, 512, false, 16),
+    (2, 65536, false, 16),
+    (3, 512, false, 2),
+    (3, 512, false, 64),
+    (3, 4096, false, 4),
+    (3, 65536, false, 8),
+    (3, 65536, false, 16),
+    (3, 2 << 20, false, 32),
+    (3, 16384, true, 16),
+    (3, 16384, true, 2),
+    (3, 65536, true, 4),
+    (3, 131072, true, 64),
+];
 
 #[test]
 fn snapshots_stay_what_they_were() {
     for_seeds("snapshots", 1, |seed| {
-        for (number, case) in cases(seed).into_iter().enumerate() {
+        for (number, case) in cases(seed, LAYOUTS).into_iter().enumerate() {
             let mut rng = Rng::new(seed.wrapping_mul(1000) + number as u64);
             describe(format!("{case:?}"), || {
                 let mut run = Run::new(case, &mut rng);
@@ -166,7 +144,7 @@ fn snapshots_stay_what_they_were() {
                 }
                 // What a snapshot had is the active disk's alone when it goes.
                 let (name, _) = run.snapshots.remove(0);
-                snapshot(&run.path, "-d", &name);
+                snapshot(&run.path, &["-d", &name]);
                 run.ours(&mut rng, 25);
                 run.verify();
             });
@@ -185,7 +163,7 @@ fn small(scratch: &Scratch, options: &str) -> PathBuf {
     let mut commands = vec![format!("write -c -P 8 {} 64k", 7 * CLUSTER)];
     commands.extend((0..7).map(|n| format!("write -P {} {} 64k", n + 1, n * CLUSTER)));
     qemu_io(&path, &commands);
-    snapshot(&path, "-c", "s");
+    snapshot(&path, &["-c", "s"]);
     path
 }
 
@@ -305,7 +283,7 @@ fn holes_of_a_shared_extended_cluster_stay_holes() {
         &path,
         &["write -P 1 0 2k".into(), "write -P 2 48k 2k".into(), "write -z 10k 2k".into()],
     );
-    snapshot(&path, "-c", "s");
+    snapshot(&path, &["-c", "s"]);
     assert_eq!(Dissected::load(&path).entry(0).1, 0x0000_0020_0100_0001);
     let image = open_rw(&path);
     image.write_at(&[9; 2048], 16 << 10, WriteFlags::default()).unwrap();
@@ -350,8 +328,8 @@ fn counts_at_their_widths_limit_are_lowered() {
     let path = scratch.path("image");
     qemu_create(&path, "refcount_bits=2", 4 * CLUSTER);
     qemu_io(&path, &["write -P 1 0 256k".into()]);
-    snapshot(&path, "-c", "a");
-    snapshot(&path, "-c", "b");
+    snapshot(&path, &["-c", "a"]);
+    snapshot(&path, &["-c", "b"]);
     let before = Dissected::load(&path);
     assert_eq!(before.refcount(before.host(1) / CLUSTER), 3);
     let image = open_rw(&path);
@@ -402,10 +380,10 @@ fn snapshots_of_another_size_stay_what_they_were() {
     // One L2 table maps 2 MiB: the L1 tables differ in length.
     qemu_create(&path, "cluster_size=4k", 1 << 20);
     qemu_io(&path, &["write -P 1 0 1M".into()]);
-    snapshot(&path, "-c", "small");
+    snapshot(&path, &["-c", "small"]);
     qemu_ok("qemu-img", &["resize", "-q", "-f", "qcow2", text(&path), "5M"]);
     qemu_io(&path, &["write -P 2 3M 2M".into()]);
-    snapshot(&path, "-c", "large");
+    snapshot(&path, &["-c", "large"]);
     qemu_ok("qemu-img", &["resize", "-q", "--shrink", "-f", "qcow2", text(&path), "2M"]);
     let image = open_rw(&path);
     image.write_at(&vec![3; 600_000], 700_000, WriteFlags::default()).unwrap();
@@ -422,7 +400,7 @@ fn snapshots_of_another_size_stay_what_they_were() {
     active[700_000..1_300_000].fill(3);
     assert_content(&open(&path), &active);
     for (name, content) in [("small", small), ("large", large)] {
-        snapshot(&path, "-a", name);
+        snapshot(&path, &["-a", name]);
         assert_content(&open(&path), &content);
     }
 }
@@ -434,7 +412,7 @@ fn vm_state_behind_the_disk_is_left_alone() {
     let path = scratch.path("image");
     qemu_create(&path, "cluster_size=4k", 300 << 10);
     qemu_io(&path, &["write -P 1 0 300k".into(), "write -b -P 2 0 200k".into()]);
-    snapshot(&path, "-c", "s");
+    snapshot(&path, &["-c", "s"]);
     qemu_io(&path, &["write -b -P 3 0 100k".into()]);
     let image = open_rw(&path);
     assert_eq!(image.size(), 300 << 10);
@@ -447,6 +425,6 @@ fn vm_state_behind_the_disk_is_left_alone() {
     qemu_img_check(&path);
     assert_exact(&path);
     qemu_io(&path, &["read -b -P 3 0 100k".into()]);
-    snapshot(&path, "-a", "s");
+    snapshot(&path, &["-a", "s"]);
     qemu_io(&path, &["read -b -P 2 0 200k".into(), "read -P 1 0 300k".into()]);
 }

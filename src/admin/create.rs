@@ -18,7 +18,7 @@ use crate::format::header::{BackingRef, Header, MAGIC, autoclear, compatible, in
 use crate::format::l2::{COPIED, L2Format};
 use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
 use crate::format::refcount::RefcountWidth;
-use crate::geometry::{Geometry, GuestCluster, HostOffset, SUBCLUSTERS};
+use crate::geometry::{DataOffset, Geometry, HostOffset, SUBCLUSTERS};
 use crate::image::data_file::data_access;
 use crate::image::disk::Disk;
 use crate::image::handle::Image;
@@ -507,43 +507,20 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         write_at(engine, storage, &counts, (layout.blocks_at() + n) << geometry.cluster_bits)
             .await?;
     }
-    match plan.preallocation {
-        Preallocation::Off => write_l2_tables(engine, storage, layout, header).await?,
-        _ if layout.l2 > 0 => preallocate(engine, storage, plan).await?,
-        _ => {}
+    if layout.l2 > 0 {
+        write_l2_tables(engine, storage, layout, header).await?;
+        let data = layout.data_at() << geometry.cluster_bits;
+        let bytes = data..layout.used << geometry.cluster_bits;
+        plan.preallocation.prepare(engine, storage, bytes, data, &mut |_, _| true).await?;
     }
     storage.sync(engine).await?;
     write_at(engine, storage, first_bytes, 0).await?;
     storage.sync(engine).await
 }
 
-/// Gives each guest cluster its host cluster: the L1 table, L2 tables, and data. All is
-/// zero before.
-async fn preallocate<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<()> {
-    let Plan { layout, header, .. } = plan;
-    let geometry = header.geometry;
-    let bits = geometry.cluster_bits;
-    let format = L2Format { geometry, version: header.version, data_file: false };
-    let data = HostOffset::new(layout.data_at() << bits);
-    let filling = Filling { format, data, hide: false };
-    let per_table = geometry.l2_coverage() >> bits;
-    let tables =
-        (0..layout.l2).flat_map(|n| (((layout.l2_at() + n) << bits) | COPIED).to_be_bytes());
-    let l1 = fallible::collect(layout.l2 as usize * 8, tables)?;
-    write_at(engine, storage, &l1, header.l1_offset).await?;
-    for n in 0..layout.l2 {
-        let first = n * per_table;
-        let entries = filling.entries(first, per_table.min(layout.data - first))?;
-        write_at(engine, storage, &entries, (layout.l2_at() + n) << bits).await?;
-    }
-    let bytes = layout.data_at() << bits..layout.used << bits;
-    let fresh = bytes.start;
-    plan.preallocation.prepare(engine, storage, bytes, fresh, &mut |_, _| true).await
-}
-
-/// Gives each cluster of the disk its place in a data file that is to be a raw image, from
-/// the beginning, as QEMU does: what is written there by itself is seen through the image.
-/// (All subclusters, too: QEMU leaves those to the first write.)
+/// Gives each guest cluster its place: the L1 table and the L2 tables. All is zero
+/// before. In a data file that is to be a raw image, which has them from the beginning,
+/// what is written there by itself is seen through the image.
 async fn write_l2_tables<E: Engine>(
     engine: &E,
     storage: &Storage,
@@ -551,23 +528,26 @@ async fn write_l2_tables<E: Engine>(
     header: &Header,
 ) -> Result<()> {
     let geometry = header.geometry;
+    let bits = geometry.cluster_bits;
+    let data_file = header.external_data_file();
+    let data = match data_file {
+        true => Some(DataOffset::in_data_file(0)),
+        false => HostOffset::new(layout.data_at() << bits).map(DataOffset::from),
+    };
+    let format = L2Format { geometry, version: header.version, data_file };
+    let filling = Filling { format, data, hide: false };
     let clusters = geometry.clusters_for(header.virtual_size());
-    let per_table = 1 << geometry.l2_bits();
-    for n in 0..layout.l2 {
-        let at = (layout.l2_at() + n) << geometry.cluster_bits;
+    let per_table = geometry.l2_coverage() >> bits;
+    let places = || (0..layout.l2).map(|n| (layout.l2_at() + n) << bits);
+    let l1 = places().flat_map(|at| (at | COPIED).to_be_bytes());
+    let l1 = fallible::collect(layout.l2 as usize * 8, l1)?;
+    write_at(engine, storage, &l1, header.l1_offset).await?;
+    for (n, at) in (0..).zip(places()) {
         let first = n * per_table;
-        let words = (first..clusters.min(first + per_table)).flat_map(|cluster| {
-            let place = geometry.guest_start(GuestCluster(cluster)).0 | COPIED;
-            [Some(place), geometry.extended_l2.then_some(u64::from(u32::MAX))]
-        });
-        let bytes = words.flatten().flat_map(u64::to_be_bytes);
-        let bytes = fallible::collect(geometry.cluster_size() as usize, bytes)?;
-        write_at(engine, storage, &bytes, at).await?;
+        let entries = filling.entries(first, per_table.min(clusters - first))?;
+        write_at(engine, storage, &entries, at).await?;
     }
-    let entries = (0..layout.l2)
-        .flat_map(|n| (((layout.l2_at() + n) << geometry.cluster_bits) | COPIED).to_be_bytes());
-    let entries = fallible::collect(layout.l2 as usize * 8, entries)?;
-    write_at(engine, storage, &entries, layout.l1_at() << geometry.cluster_bits).await
+    Ok(())
 }
 
 /// Zeroes what lies between the header and `end`, where the storage may hold

@@ -17,10 +17,8 @@ pub struct Layout {
     pub l1_entries: u64,
     /// Clusters of the L1 table.
     l1: u64,
-    /// L2 tables, behind it, where data is preallocated.
+    /// L2 tables, behind it, where they are made ahead.
     pub l2: u64,
-    /// Clusters of that data, behind them.
-    pub data: u64,
     /// All clusters in use.
     pub used: u64,
 }
@@ -89,7 +87,7 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, ahead: Ahead)
             geometry.cluster_size()
         )));
     }
-    Ok(Layout { reftable, blocks, l1_entries, l1, l2, data, used })
+    Ok(Layout { reftable, blocks, l1_entries, l1, l2, used })
 }
 
 /// Refcount blocks, and clusters of the table that names them, which it takes to

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::l2::{Cluster, L2Format};
 use crate::format::subcluster;
-use crate::geometry::HostOffset;
+use crate::geometry::DataOffset;
 use crate::io::engine::{Engine, Piece, ZeroMode};
 use crate::io::storage::Storage;
 
@@ -123,8 +123,8 @@ async fn write_zeroes<E: Engine>(
 pub struct Filling {
     /// How entries are written.
     pub format: L2Format,
-    /// The host cluster of the first guest cluster; the others follow it.
-    pub data: Option<HostOffset>,
+    /// Where the first guest cluster's data is; the others' follows it.
+    pub data: Option<DataOffset>,
     /// There is something below that must not show.
     pub hide: bool,
 }
@@ -135,13 +135,14 @@ impl Filling {
         self.data.is_none() && !self.hide
     }
 
-    /// The entries of `count` guest clusters from the `first` of the new ones on. As
-    /// QEMU leaves them: with extended entries no subcluster is allocated.
+    /// The entries of `count` guest clusters from the `first` of the new ones on. With
+    /// extended entries no subcluster is allocated, as QEMU leaves them; but in a data
+    /// file all are, as what is there is to be seen.
     pub fn entries(&self, first: u64, count: u64) -> Result<Vec<u8>> {
         let geometry = self.format.geometry;
         let all = subcluster::all(geometry.subclusters());
         let zero = if self.hide { all } else { 0 };
-        let stored = !self.hide && !geometry.extended_l2;
+        let stored = !self.hide && (self.format.data_file || !geometry.extended_l2);
         let size = (count * geometry.l2_entry_size()) as usize;
         let mut bytes = fallible::room_for(size)?;
         for index in first..first + count {
@@ -156,7 +157,7 @@ impl Filling {
                 None => Cluster::None { zero },
                 Some(host) => {
                     let alloc = if stored { all } else { 0 };
-                    Cluster::Standard { host: host.into(), copied: true, alloc, zero }
+                    Cluster::Standard { host, copied: true, alloc, zero }
                 }
             };
             let entry = self.format.encode(cluster);

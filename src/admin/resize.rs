@@ -29,7 +29,7 @@ use crate::fallible;
 use crate::format::header::Header;
 use crate::format::l2::COPIED;
 use crate::format::limits::{OFFSET_MASK, max_virtual_size};
-use crate::geometry::HostOffset;
+use crate::geometry::{DataOffset, HostOffset};
 use crate::image::disk::{Disk, Layer, Raw};
 use crate::image::handle::{Image, Replacement};
 use crate::image::qcow2::Qcow2;
@@ -372,7 +372,7 @@ async fn grow<E: Engine>(
         let data = operation.take(clusters.end - clusters.start).await?;
         let bits = geometry.cluster_bits;
         let bytes = data.start << bits..data.end << bits;
-        filling.data = HostOffset::new(bytes.start);
+        filling.data = HostOffset::new(bytes.start).map(DataOffset::from);
         mode.prepare(engine, storage, bytes, fresh, progress).await?;
     }
 

@@ -394,10 +394,7 @@ impl Image {
                 if flags.are_plain() { disk.write_now(&Blocking, &data, offset) } else { None };
             match now {
                 Some(result) => result,
-                None if flags.compressed => {
-                    self.block(disk.write_compressed(&Blocking, data, offset, flags.fua))
-                }
-                None => self.block(disk.write(&Blocking, data, offset, flags.fua)),
+                None => self.block(disk.write_with(&Blocking, data, offset, flags)),
             }
         })
     }

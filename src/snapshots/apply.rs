@@ -3,7 +3,7 @@
 use super::delete::l1_of;
 use super::list::find;
 use super::operation::{Changed, Operation};
-use super::tables::{clear_flags, count, l1_bytes};
+use super::tables::{count, l1_bytes};
 use crate::alloc::overlap::Metadata;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
@@ -63,15 +63,7 @@ async fn apply<E: Engine>(operation: &mut Operation<'_, E>, id_or_name: &[u8]) -
     operation.header.l1_size = entries as u32;
     operation.header.l1_offset = operation.place(&l1_bytes(&l1)?).await?;
 
-    operation.commit().await?;
-    if !mutant!(SnapshotFlagsKept) {
-        clear_flags(engine, image, &flagged).await?;
-    }
-    if !mutant!(SnapshotRaisedLate) {
-        refcounts.raise_all(engine, &image.storage, &mut gained).await?;
-    }
-    operation.switch().await?;
-    mutant!(SnapshotRaisedLate => refcounts.raise_all(engine, &image.storage, &mut gained).await?);
+    operation.share(&flagged, &mut gained).await?;
     let old_bytes = image.l1.len() as u64 * 8;
     operation.free(image.l1.offset(), old_bytes, Metadata::L1).await?;
     refcounts.write_back(engine, &image.storage).await?;

@@ -3,7 +3,7 @@
 use super::Meta;
 use super::list::{check_name, encode, find, next_id};
 use super::operation::{Changed, Operation};
-use super::tables::{clear_flags, count, l1_bytes};
+use super::tables::{count, l1_bytes};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::l2::COPIED;
@@ -98,15 +98,7 @@ async fn create<E: Engine>(
     operation.header.snapshot_count = all.len() as u32;
     operation.header.snapshots_offset = operation.place(&table).await?;
 
-    operation.commit().await?;
-    if !mutant!(SnapshotFlagsKept) {
-        clear_flags(engine, image, &flagged).await?;
-    }
-    if !mutant!(SnapshotRaisedLate) {
-        refcounts.raise_all(engine, &image.storage, &mut gained).await?;
-    }
-    operation.switch().await?;
-    mutant!(SnapshotRaisedLate => refcounts.raise_all(engine, &image.storage, &mut gained).await?);
+    operation.share(&flagged, &mut gained).await?;
     operation.free_old_table().await?;
     Ok(id)
 }

@@ -20,6 +20,7 @@
 
 use std::ops::Range;
 
+use super::tables::clear_flags;
 use crate::alloc::changes::{Changes, Lowered};
 use crate::alloc::overlap::Metadata;
 use crate::check::repair;
@@ -187,6 +188,23 @@ impl<'a, E: Engine> Operation<'a, E> {
         let block = Block::from_bytes(bytes)?;
         let piece = [Piece::Block(block.slice(0, bytes.len()))];
         self.image.storage.write(self.engine, &piece, offset).await
+    }
+
+    /// What was planned can be done, and that is to share clusters: commits, clears the
+    /// COPIED flags of these L2 tables, adds these references, and switches.
+    pub async fn share(&mut self, flagged: &[(u64, u32)], gained: &mut Changes) -> Result<()> {
+        let (engine, image) = (self.engine, self.image);
+        let (refcounts, storage) = (&self.writing.allocator.refcounts, &image.storage);
+        self.commit().await?;
+        if !mutant!(SnapshotFlagsKept) {
+            clear_flags(engine, image, flagged).await?;
+        }
+        if !mutant!(SnapshotRaisedLate) {
+            refcounts.raise_all(engine, storage, gained).await?;
+        }
+        self.switch().await?;
+        mutant!(SnapshotRaisedLate => refcounts.raise_all(engine, storage, gained).await?);
+        Ok(())
     }
 
     /// A table that is not named any more is freed.

@@ -15,27 +15,15 @@ use std::path::{Path, PathBuf};
 use qcow2rs::snapshots::Meta;
 use qcow2rs::{ErrorKind, Image, OpenOptions, Source, WriteFlags};
 use support::dissect::{COPIED, Dissected, OFFSET};
-use support::operations::{Backing, Case, Op};
+use support::operations::{Case, Op};
 use support::refcounts::assert_exact;
+use support::snapshots::{Layout, cases, content_of, snapshot};
 use support::{
     Rng, Scratch, assert_content, assert_same, describe, for_seeds, open, open_rw, qemu,
     qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
 };
 
 const CLUSTER: u64 = 64 << 10;
-
-fn snapshot(image: &Path, args: &[&str]) {
-    qemu_ok("qemu-img", &[&["snapshot"], args, &[text(image)]].concat());
-}
-
-/// What QEMU reads from a snapshot.
-fn content_of(image: &Path, name: &str) -> Vec<u8> {
-    let out = image.with_file_name("snapshot.raw");
-    let select = format!("snapshot.name={name}");
-    let args = ["convert", "-f", "qcow2", "-O", "raw", "-l", &select, text(image), text(&out)];
-    qemu_ok("qemu-img", &args);
-    std::fs::read(out).unwrap()
-}
 
 /// IDs and names, as QEMU lists them.
 fn listed_by_qemu(image: &Path) -> Vec<(String, String)> {
@@ -178,31 +166,21 @@ impl Run {
     }
 }
 
-fn cases(seed: u64) -> Vec<Case> {
-    let layouts = [
-        (2, 512u64, false, 16),
-        (2, 65536, false, 16),
-        (3, 512, false, 2),
-        (3, 4096, false, 8),
-        (3, 65536, false, 16),
-        (3, 16384, true, 2),
-        (3, 65536, true, 16),
-        (3, 131072, true, 64),
-    ];
-    let case = |(n, layout): (usize, (u32, u64, bool, u32))| {
-        let (version, cluster_size, extended_l2, refcount_bits) = layout;
-        let size = (cluster_size * 40).clamp(100_352, 8 << 20) + 1536;
-        let backings = [Backing::None, Backing::Raw(size / 2 + 512), Backing::Qcow2(size + 8192)];
-        let backing = backings[(n + seed as usize) % backings.len()];
-        Case { version, cluster_size, extended_l2, refcount_bits, size, backing }
-    };
-    layouts.into_iter().enumerate().map(case).collect()
-}
+const LAYOUTS: &[Layout] = &[
+    (2, 512, false, 16),
+    (2, 65536, false, 16),
+    (3, 512, false, 2),
+    (3, 4096, false, 8),
+    (3, 65536, false, 16),
+    (3, 16384, true, 2),
+    (3, 65536, true, 16),
+    (3, 131072, true, 64),
+];
 
 #[test]
 fn snapshots_of_both_sides_stay_what_they_were() {
     for_seeds("snapshot operations", 1, |seed| {
-        for (number, case) in cases(seed).into_iter().enumerate() {
+        for (number, case) in cases(seed, LAYOUTS).into_iter().enumerate() {
             let mut rng = Rng::new(seed.wrapping_mul(1000) + number as u64);
             describe(format!("{case:?}"), || {
                 let mut run = Run::new(case, &mut rng);

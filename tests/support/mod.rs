@@ -7,6 +7,7 @@ pub mod dissect;
 pub mod memory_disk;
 pub mod operations;
 pub mod refcounts;
+pub mod snapshots;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
