@@ -156,6 +156,8 @@ define! {
     RunNotRolledBack,
     /// A write that fails keeps its clusters.
     FailedWriteKeepsCluster,
+    /// What is freed during a search for free clusters is not found by the next.
+    SearchForgetsFreed,
     /// Metadata that counts as free is written over.
     MetadataNotProtected,
     /// Corruption is not written down in the header.

@@ -374,6 +374,7 @@ impl Allocator {
             state.fresh_from = run.end;
         }
         state.hint = run.end.min(state.freed_since);
+        mutant!(SearchForgetsFreed => state.hint = run.end);
         state.run = run;
         self.note_untouched(&state);
         Ok(())

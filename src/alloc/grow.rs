@@ -85,6 +85,11 @@ impl Allocator {
     /// Has the table on disk name the refcount blocks that are new; whether there were
     /// any. Before a pointer leads to a cluster that they count, a sync follows.
     pub async fn name_blocks<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<bool> {
+        // Whoever has a pointer to write has made the block that it needs before. So there
+        // is no waiting for a search for free clusters that is under way.
+        if !self.has_unnamed_blocks() {
+            return Ok(false);
+        }
         // The table stays where it is meanwhile, and gets no more entries.
         let _one_at_a_time = self.refilling.lock().await;
         let unnamed = self.refcounts.unnamed().clone();
