@@ -74,6 +74,12 @@ fn main() {
         eprintln!("{USAGE}");
         std::process::exit(2);
     };
+    // Before minutes are spent on what then cannot be written.
+    let directory_of_json = options.json.as_ref().and_then(|path| path.parent());
+    for directory in directory_of_json.into_iter().chain(options.svg.as_deref()) {
+        std::fs::create_dir_all(directory)
+            .unwrap_or_else(|error| panic!("{}: {error}", directory.display()));
+    }
     let rounds = options.rounds;
     let files = Files::make(&options.directory);
     let mut all = Vec::new();
