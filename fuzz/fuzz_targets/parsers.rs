@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use qcow2rs::format::bitmap::{self, BitmapCluster};
 use qcow2rs::format::compressed;
-use qcow2rs::format::compression::Compression;
+use qcow2rs::format::compression::{Compression, Context};
 use qcow2rs::format::header::Header;
 use qcow2rs::format::l2::{L2Entry, L2Format};
 use qcow2rs::format::snapshot;
@@ -89,7 +89,7 @@ fn streams(bytes: &[u8]) {
     let mut output = vec![0; 512 << (size % 8)];
     let expected = output.len() as u64;
     let method = if size & 8 == 0 { Compression::Zlib } else { Compression::Zstd };
-    let (done, held) = peak(|| method.decompress(stream, &mut output));
+    let (done, held) = peak(|| method.decompress(&mut Context::default(), stream, &mut output));
     assert!(held < expected + (256 << 10), "{held} bytes to decompress {expected}");
     if done.is_err() {
         return;
@@ -98,7 +98,9 @@ fn streams(bytes: &[u8]) {
         let mut packed = vec![0; output.len()];
         if let Some(length) = method.compress(&output, &mut packed).expect("memory") {
             let mut again = vec![1; output.len()];
-            method.decompress(&packed[..length], &mut again).expect("our own stream");
+            method
+                .decompress(&mut Context::default(), &packed[..length], &mut again)
+                .expect("our own stream");
             assert!(again == output);
         }
     }

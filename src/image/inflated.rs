@@ -1,5 +1,5 @@
 //! What was decompressed last: small reads come in rows, and a cluster should be
-//! decompressed once for all of them.
+//! decompressed once for all of them. And what is needed for that, ready for the next.
 //!
 //! It knows where the data came from, not what became of it: who gives a place to
 //! other data has it forgotten first.
@@ -8,14 +8,22 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::format::compressed::Compressed;
+use crate::format::compression::Context;
 
 /// Most clusters that are kept, and most bytes, but for the last two clusters.
 const MOST: usize = 16;
 const MOST_BYTES: usize = 4 << 20;
 
-/// Decompressed clusters, the one used last in front.
+/// Most contexts that are kept, some 100 KiB each: so many threads find theirs ready.
+const MOST_CONTEXTS: usize = 8;
+
 #[derive(Default)]
-pub struct Inflated(Mutex<Vec<Entry>>);
+pub struct Inflated {
+    /// Decompressed clusters, the one used last in front.
+    clusters: Mutex<Vec<Entry>>,
+    /// Contexts that nobody is using.
+    contexts: Mutex<Vec<Context>>,
+}
 
 struct Entry {
     /// Of which layer.
@@ -28,7 +36,19 @@ struct Entry {
 
 impl Inflated {
     fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs what decompresses, without any lock.
+    pub fn with_context<R>(&self, work: impl FnOnce(&mut Context) -> R) -> R {
+        let contexts = || self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut context = contexts().pop().unwrap_or_default();
+        let result = work(&mut context);
+        let mut contexts = contexts();
+        if contexts.len() < MOST_CONTEXTS {
+            contexts.push(context);
+        }
+        result
     }
 
     /// The cluster whose data lies there, if it is remembered.

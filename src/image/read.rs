@@ -120,7 +120,10 @@ impl Disk {
         }
         let mut output = fallible::filled(size, 0)?;
         let method = Compression::of(image.header.compression)?;
-        method.decompress(&input.to_vec()?, &mut output).map_err(|error| {
+        let input = input.to_vec()?;
+        let done =
+            self.inflated.with_context(|context| method.decompress(context, &input, &mut output));
+        done.map_err(|error| {
             let kind = match error.kind() {
                 ErrorKind::Corrupt => ErrorKind::DataLost,
                 other => other,
