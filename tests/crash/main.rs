@@ -22,5 +22,6 @@ mod report;
 mod scenario;
 mod schedules;
 mod snapshot;
+mod snapshot_steps;
 #[path = "../support/mod.rs"]
 mod support;
