@@ -24,7 +24,7 @@ use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
 use crate::sys::memory::Block;
 
-/// Runs begin with this many bytes and double up to the maximum.
+/// Runs begin with this many bytes and double, as they are used up, up to the maximum.
 const FIRST_RUN: u64 = 1 << 20;
 const LONGEST_RUN: u64 = 64 << 20;
 const FEWEST_CLUSTERS: u64 = 16;
@@ -307,15 +307,24 @@ impl Allocator {
                     first..first + (end - index)
                 })
                 .await?;
+            self.note_run(&clusters);
             return self.adopt_run(engine, storage, clusters).await;
+        }
+    }
+
+    /// After a run as long as they may be, the next may be longer. Shorter ones, which
+    /// are holes, say nothing of how much is written.
+    fn note_run(&self, run: &Range<u64>) {
+        let mut state = self.lock();
+        if (run.end - run.start) << self.geometry.cluster_bits >= state.next_run_bytes {
+            state.next_run_bytes = (state.next_run_bytes * 2).min(LONGEST_RUN);
         }
     }
 
     /// How many clusters a run from `first` on may have.
     fn run_limit(&self, storage: &Storage, first: u64) -> u64 {
-        let mut state = self.lock();
+        let state = self.lock();
         let mut limit = (state.next_run_bytes >> self.geometry.cluster_bits).max(FEWEST_CLUSTERS);
-        state.next_run_bytes = (state.next_run_bytes * 2).min(LONGEST_RUN);
         // A run is fresh as a whole or not at all.
         if first < state.fresh_from {
             limit = limit.min(state.fresh_from - first);

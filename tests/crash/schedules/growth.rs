@@ -158,3 +158,28 @@ fn a_refcount_table_that_has_grown_leaves_nothing_behind() {
         scene.close();
     });
 }
+
+#[test]
+fn many_small_holes_do_not_make_a_file_grow_in_large_steps() {
+    for_seeds("crash", 1, |seed| {
+        let config = config(Kind { cluster: 4096, size: 512 << 10, ..tiny().kind });
+        let at = |cluster| if cluster < 64 { Before::Stored } else { Before::Nothing };
+        let scene = Scene::new(&config, seed, at);
+        let before = scene.file().length();
+        let work = async {
+            for cluster in (0..64).step_by(2) {
+                scene.discard(scene.cluster(cluster)).await.unwrap();
+            }
+            scene.flush().await.unwrap();
+            // Each fills a hole; the last ones find none.
+            for cluster in 64..100 {
+                scene.write(scene.cluster(cluster)).await.unwrap();
+            }
+        };
+        scene.play(work);
+        // What is reserved ahead at first: little was written.
+        let grown = scene.file().length() - before;
+        assert!((1..=1 << 20).contains(&grown), "{grown:#x} bytes more");
+        scene.close();
+    });
+}
