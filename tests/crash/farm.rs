@@ -42,11 +42,6 @@ fn configs() -> Vec<(&'static str, Config)> {
     // Version 2 has no zero clusters, which such discards leave.
     family("discards keep", &|config| config.discard_keeps = config.kind.version > 2);
     family("queues", &|config| config.queues = true);
-    // Version 2 cannot say that its flags are being changed, one bit counts no sharing.
-    family("snapshots", &|config| {
-        let kind = &config.kind;
-        config.snapshots = kind.version > 2 && kind.refcount_bits > 1 && !kind.snapshot;
-    });
     family("queues, faults", &|config| (config.queues, config.faults) = (true, true));
     let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
     for (faults, give_up) in [(false, false), (true, false), (false, true)] {

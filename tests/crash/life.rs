@@ -42,7 +42,7 @@ pub struct Life<'a> {
     /// Whether the image is being opened.
     opening: Cell<bool>,
     /// Clusters that were to be changed, counted as often as it was asked for.
-    pub changed: Cell<u64>,
+    changed: Cell<u64>,
     pub rng: RefCell<Rng>,
     /// For the images that are only looked at: how many there are changes nothing
     /// else.
@@ -141,10 +141,6 @@ impl Life<'_> {
     fn check(&self, when: &str) -> Result<Vec<u64>, Trouble> {
         let report = inspect::structure(&self.disk, self.config());
         let report = report.map_err(|what| format!("{when}: {what}"))?;
-        if self.config().snapshots {
-            let checked = self.oracle.borrow().snapshots.check(&self.disk);
-            checked.map_err(|what| format!("{when}: {what}"))?;
-        }
         let every = self.scenario.qemu_every.get();
         if every > 0 && self.draw(every) {
             self.ask_qemu(&report).map_err(|what| format!("{when}: {what}"))?;
@@ -189,14 +185,7 @@ impl Life<'_> {
         if !self.use_image(&image)? {
             return Ok(());
         }
-        let image = match self.config().snapshots {
-            true => self.use_snapshots(image)?,
-            false => Some(image),
-        };
-        match image {
-            Some(image) => self.part(image, leaks, length),
-            None => Ok(()),
-        }
+        self.part(image, leaks, length)
     }
 
     /// What was found after a crash is what the disk holds from now on.
@@ -216,9 +205,6 @@ impl Life<'_> {
             }
         };
         self.oracle.replace(recovered);
-        if self.config().snapshots {
-            self.oracle.borrow_mut().snapshots.recover(&self.disk)?;
-        }
         Ok(())
     }
 
@@ -284,7 +270,7 @@ impl Life<'_> {
     }
 
     /// Uses the image by several at once. False if that is the end.
-    pub fn use_image(&self, image: &Arc<Disk>) -> Result<bool, Trouble> {
+    fn use_image(&self, image: &Arc<Disk>) -> Result<bool, Trouble> {
         let mut rng = self.rng.borrow_mut().fork();
         let depth = u64::from(self.depth);
         let habit = *rng.pick(&Habit::ALL);
@@ -412,7 +398,7 @@ impl Life<'_> {
         life.map_err(|failure| Trouble::Later(Failure { what: told(failure.what), ..failure }))
     }
 
-    pub async fn read_all(&self, image: &Disk) -> Result<Vec<u8>, String> {
+    async fn read_all(&self, image: &Disk) -> Result<Vec<u8>, String> {
         let mut bytes = vec![0xee; self.oracle.borrow().size() as usize];
         for (index, part) in bytes.chunks_mut(64 << 10).enumerate() {
             let target = Target::Guest(GuestMut::from_slice(part));

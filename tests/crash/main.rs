@@ -22,6 +22,5 @@ mod report;
 mod scenario;
 mod schedules;
 mod snapshot;
-mod snapshot_steps;
 #[path = "../support/mod.rs"]
 mod support;

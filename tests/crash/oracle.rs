@@ -9,8 +9,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::snapshot::Snapshots;
-
 pub const SECTOR: u64 = 512;
 
 /// What a sector is filled with; 0 is zeroes.
@@ -60,11 +58,6 @@ pub fn fill(words: impl Iterator<Item = Word>) -> Vec<u8> {
         bytes.extend_from_slice(&sector);
     }
     bytes
-}
-
-/// The words that sectors are filled with.
-pub fn words_of(bytes: &[u8]) -> Result<Vec<Word>, String> {
-    bytes.chunks_exact(SECTOR as usize).map(decode).collect()
 }
 
 /// The word that a sector is filled with.
@@ -142,8 +135,6 @@ pub struct Oracle {
     clock: u64,
     next_tag: u32,
     reads: Cell<u32>,
-    /// What was taken of the disk on the way.
-    pub snapshots: Snapshots,
 }
 
 /// What happened to a sector last, durably, of which no more is known than that.
@@ -165,15 +156,13 @@ impl Oracle {
         let settled: Vec<Word> = words.into_iter().collect();
         let opened = Rc::new(settled.clone());
         let open = BTreeMap::new();
-        let (reads, snapshots) = (Cell::new(0), Snapshots::default());
-        Oracle { settled, open, opened, clock: 1, next_tag: 1, reads, snapshots }
+        Oracle { settled, open, opened, clock: 1, next_tag: 1, reads: Cell::new(0) }
     }
 
     /// The disk after a crash that was found to hold these words. Tags go on, so
     /// that nothing old can pass for something new.
     pub fn recovered(&self, words: Vec<Word>) -> Oracle {
-        let snapshots = self.snapshots.clone();
-        Oracle { next_tag: self.next_tag, snapshots, ..Oracle::new(words) }
+        Oracle { next_tag: self.next_tag, ..Oracle::new(words) }
     }
 
     /// The disk after the process was killed, found to hold these words. What no
@@ -213,27 +202,11 @@ impl Oracle {
 
     /// A change is about to be asked for.
     pub fn begin(&mut self, change: Change, sectors: Range<u64>) -> Ticket {
-        let tag = self.next_tag;
-        let value = |sector| if change == Change::Write { word(tag, sector) } else { 0 };
-        self.begin_values(sectors, change != Change::Discard, value)
-    }
-
-    /// The whole disk is about to become what it was once.
-    pub fn begin_return(&mut self, words: &[Word]) -> Ticket {
-        let all = 0..self.settled.len() as u64;
-        self.begin_values(all, true, |sector| words[sector as usize])
-    }
-
-    fn begin_values(
-        &mut self,
-        sectors: Range<u64>,
-        sure: bool,
-        value: impl Fn(u64) -> Word,
-    ) -> Ticket {
         let (issued, tag) = (self.tick(), self.next_tag);
         self.next_tag += 1;
         for sector in sectors.clone() {
-            let value = value(sector);
+            let value = if change == Change::Write { word(tag, sector) } else { 0 };
+            let sure = change != Change::Discard;
             let event = Event { tag, value, issued, ended: None, sure, durable: false };
             let before = self.settled[sector as usize];
             self.open.entry(sector).or_insert_with(|| vec![settled(before)]).push(event);

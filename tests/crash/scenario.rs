@@ -36,8 +36,6 @@ pub struct Config {
     pub queues: bool,
     /// Whether guests write compressed clusters, too.
     pub compress: bool,
-    /// Whether snapshots are taken, applied and deleted on the way.
-    pub snapshots: bool,
     /// What a loss of power does.
     pub medium: Medium,
     /// After one in how many steps a crash image is drawn that is looked at, but
@@ -314,7 +312,6 @@ impl Config {
             give_up: false,
             queues: false,
             compress: false,
-            snapshots: false,
             medium: Medium::Seeded,
             every: 40,
             mode: Mode::from_environment(),
