@@ -329,7 +329,9 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * (default 1G: for the whole chain, caches included; the cache sizes are per
  * layer), "max-virtual-size" (default: the format's), "backing-direct"
  * (on|off: O_DIRECT for the images below, default as this one's, so that many
- * disks can share one base's page cache).  Accepted, with nothing to change:
+ * disks can share one base's page cache), "data-file.filename" (the path of the
+ * external data file, whatever the image calls it; the reference policy is not
+ * asked).  Accepted, with nothing to change:
  * "cache-clean-interval" (there is no thread that would clean; the caches keep
  * to their sizes), "overlap-check" (the check is always on, for what "cached"
  * means; "all" adds nothing).
@@ -609,7 +611,7 @@ int qcow2rs_create_opts_set_data_file(struct qcow2rs_create_opts *o,
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
  * compression_type (zlib|zstd), data_file_raw,
- * preallocation (off|metadata|falloc|full).
+ * preallocation (off|metadata|falloc|full); and data_file, a name for amend.
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */
@@ -719,8 +721,9 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
 /* -------------------------------------------------------------------- Amend */
 
 /* [EXCL] Changes what can be changed in place, option names of `qemu-img
- * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; what was not set
- * in opts stays.  Durable on return.  progress may be NULL.  Counters of the
+ * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image with
+ * a data file: data_file (its name; empty: none is stored), data_file_raw (off);
+ * what was not set in opts stays.  Durable on return.  progress may be NULL.  Counters of the
  * image start again.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
  * another size or backing file, which are not changed by amending; for 0.10:

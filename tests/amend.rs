@@ -211,7 +211,7 @@ fn the_same_is_refused() {
         ("preallocation=full", no),
         ("backing_file=b", no),
         ("backing_fmt=raw", no),
-        ("data_file=x", no),
+        ("data_file=x", bad),
         ("data_file_raw=on", bad),
         ("data_file_raw=off", None),
         ("refcount_bits=7", bad),

@@ -25,8 +25,9 @@ impl Progress {
 }
 
 /// [EXCL] Changes what can be changed in place, option names of `qemu-img
-/// amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; what was not set
-/// in opts stays.  Durable on return.  progress may be NULL.  Counters of the
+/// amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image with
+/// a data file: data_file (its name; empty: none is stored), data_file_raw (off);
+/// what was not set in opts stays.  Durable on return.  progress may be NULL.  Counters of the
 /// image start again.
 /// -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
 /// another size or backing file, which are not changed by amending; for 0.10:

@@ -2,9 +2,12 @@
 //! (`--image-opts`), and a few of our own. What each value may be is decided
 //! here, and which values go together.
 
+use std::path::Path;
+
 use super::option_values::{bad_value, number, size, switch};
 use super::options::{Format, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::storage::Source;
 
 /// Kinds of metadata, as in "overlap-check.main-header".
 const METADATA: [&str; 9] = [
@@ -39,6 +42,7 @@ impl OpenOptions {
     /// | pass-discard-snapshot | on, off | the same where a snapshot is deleted or gone back to; default: as pass-discard-request |
     /// | pass-discard-other | off | the same for tables, whose clusters are kept |
     /// | discard-no-unref | on, off | whether a discard keeps the host cluster |
+    /// | data-file.filename | path | the external data file, whatever the image calls it; it is opened whatever the policy |
     /// | backing-format | raw, qcow2 | of a backing file whose image stores no format |
     /// | backing-direct | on, off | O_DIRECT for the images below |
     /// | repair-dirty | on, off | whether the refcounts of a dirty image are rebuilt when it is opened for writing; off: `Dirty` |
@@ -84,6 +88,10 @@ impl OpenOptions {
             }
             "max-metadata-size" => self.max_metadata_size = size(name, value)?,
             "max-virtual-size" => self.max_virtual_size = size(name, value)?,
+            "data-file.filename" if value.is_empty() || value.contains('\0') => {
+                return Err(bad_value(name, value, "it is a path"));
+            }
+            "data-file.filename" => self.data_file = Some(Source::path(Path::new(value))),
             "data-file" | "encrypt.format" | "encrypt.key-secret" => {
                 return Err(unsupported(name, value));
             }
@@ -236,6 +244,8 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
+        assert_eq!(kind("data-file.filename", ""), ErrorKind::InvalidArgument);
+        assert_eq!(kind("data-file", "node"), ErrorKind::NotSupported);
         assert_eq!(kind("encrypt.key-secret", "sec0"), ErrorKind::NotSupported);
         assert_eq!(kind("pass-discard-other", "on"), ErrorKind::NotSupported);
         assert_eq!(kind("pass-discard-other", "some"), ErrorKind::InvalidArgument);

@@ -151,6 +151,9 @@ pub struct OpenOptions {
     pub lazy_refcounts: Option<bool>,
     /// Whether a dirty image may be repaired at a read-write open.
     pub repair_dirty: bool,
+    /// The external data file of the image, whatever name it stores; the policy is not
+    /// asked. For images that have one only.
+    pub data_file: Option<Arc<Source>>,
     /// What to do with files that the image names.
     pub policy: Policy,
 }
@@ -181,6 +184,7 @@ impl Default for OpenOptions {
             max_virtual_size: u64::MAX,
             lazy_refcounts: None,
             repair_dirty: true,
+            data_file: None,
             policy: Policy::Deny,
         }
     }

@@ -99,7 +99,10 @@ pub fn count_entries(
             }
             Cluster::Standard { host, copied, .. } => {
                 flagged |= copied;
-                changes.add(geometry.host_cluster(host).0, times).map_err(in_table)?;
+                // Nothing of a data file is counted.
+                if !image.format.data_file {
+                    changes.add(geometry.host_cluster(host).0, times).map_err(in_table)?;
+                }
             }
             Cluster::None { .. } => {}
         }
