@@ -331,10 +331,7 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * (on|off: O_DIRECT for the images below, default as this one's, so that many
  * disks can share one base's page cache), "data-file.filename" (the path of the
  * external data file, whatever the image calls it; the reference policy is not
- * asked).  Accepted, with nothing to change:
- * "cache-clean-interval" (there is no thread that would clean; the caches keep
- * to their sizes), "overlap-check" (the check is always on, for what "cached"
- * means; "all" adds nothing).
+ * asked).  "cache-clean-interval": see qcow2rs_trim_caches.
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
  * that this build does not have. */
 int qcow2rs_open_opts_set(struct qcow2rs_open_opts *o, const char *name,
@@ -487,6 +484,16 @@ int qcow2rs_get_info_json(struct qcow2rs_image *img, char **json);
 /* [MT] As qcow2rs_get_info: by size. */
 int qcow2rs_get_stats(struct qcow2rs_image *img, struct qcow2rs_stats *stats,
                       size_t stats_size);
+
+/* ------------------------------------------------------------------- Caches */
+
+/* [MT] Gives memory of the metadata caches, those of the images below included,
+ * back to the system: of what is clean and was not used since this was done
+ * last, by this call or after "cache-clean-interval" seconds (600 unless set).
+ * That happens by itself only while requests, flushes or calls of queues come
+ * by: a program that leaves an image idle calls this, twice for all there is.
+ * Returns the number of bytes; what goes is read again when it is needed. */
+int64_t qcow2rs_trim_caches(struct qcow2rs_image *img);
 
 /* ---------------------------------------------------------- Synchronous I/O */
 

@@ -31,6 +31,11 @@ const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 pub(crate) struct Budget(pub u64);
 
 impl Budget {
+    /// `Limit` where so much could not be taken.
+    pub fn check(&self, bytes: u64, what: &str, name: &str) -> Result<()> {
+        Budget(self.0).take(bytes, what, name)
+    }
+
     pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
         mutant!(MemoryNotReckoned => return Ok(()));
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
