@@ -135,8 +135,9 @@ impl Image {
     /// Errors: `Busy` if another call is in progress, or a request of a queue in flight;
     /// `ReadOnly`; `NotSupported` for raw images and for what only an image that is
     /// made anew can have: among them version 2 with extended L2 entries, zstd,
-    /// bitmaps, or snapshots of another size, with more than 4 GiB of VM state, or with
-    /// zero clusters; `InvalidArgument` where options do not go together, or a refcount
+    /// bitmaps, or snapshots of another size, or with more than 4 GiB of VM state;
+    /// `Busy`, too, where a snapshot with zero clusters is open, which version 2 cannot
+    /// have; `InvalidArgument` where options do not go together, or a refcount
     /// does not fit; `Os(EFBIG)`, `NoSpace`, `Limit`. After any of these the image is
     /// as it was, but for zero clusters that may have become data.
     pub fn amend(
@@ -144,16 +145,21 @@ impl Image {
         options: &AmendOptions,
         progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
     ) -> Result<()> {
-        self.alter(|disk| block_on(disk.amend(&Blocking, options, progress)).into())
+        self.alter(|disk| {
+            let is_open = |snapshot: &Snapshot| self.views().has(snapshot);
+            block_on(disk.amend(&Blocking, options, is_open, progress)).into()
+        })
     }
 }
 
 impl Disk {
-    /// See `Image::amend`; while nobody else does anything with the disk.
+    /// See `Image::amend`; while nobody else does anything with the disk. `is_open`:
+    /// whether somebody has the snapshot open.
     pub async fn amend<E: Engine>(
         &self,
         engine: &E,
         options: &AmendOptions,
+        is_open: impl Fn(&Snapshot) -> bool + Send,
         progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
     ) -> Changed<()> {
         // What is done has several parts, each of which begins to count anew.
@@ -162,6 +168,60 @@ impl Disk {
             most = done.max(most);
             progress(most, total.max(most))
         };
+        let mut expanded = None;
+        match self.snapshots_have_zeroes(engine, options).await {
+            Ok(false) => {}
+            Ok(true) => {
+                let changed = self.expand_snapshots(engine, is_open, progress).await;
+                match (changed.result, changed.disk) {
+                    (Ok(()), Replacement::Disk(disk)) => expanded = Some(disk),
+                    (Ok(()), Replacement::None) => {}
+                    (result, disk) => return Changed { result, disk },
+                }
+            }
+            Err(error) => {
+                let error = self.note_corruption(engine, error).await;
+                return Changed { result: Err(error), disk: Replacement::None };
+            }
+        }
+        let disk = expanded.as_deref().unwrap_or(self);
+        let Changed { result, disk } = disk.amend_header(engine, options, progress).await;
+        let disk = match (disk, expanded) {
+            (Replacement::None, Some(expanded)) => Replacement::Disk(expanded),
+            (disk, _) => disk,
+        };
+        Changed { result, disk }
+    }
+
+    /// Whether the change is one that zero clusters in snapshots are in the way of.
+    async fn snapshots_have_zeroes<E: Engine>(
+        &self,
+        engine: &E,
+        options: &AmendOptions,
+    ) -> Result<bool> {
+        let snapshots = &self.snapshot_table(engine).await?.list;
+        let Some(image) = self.top() else { return unsupported("a raw image has no options") };
+        image.writing()?;
+        let Some(plan) = plan(image, snapshots, options)?.filter(|plan| plan.expand) else {
+            return Ok(false);
+        };
+        self.check_reload(&plan.header)?;
+        for snapshot in snapshots {
+            let l1 = l1_of(engine, image, snapshot).await?;
+            if !mutant!(AmendZeroesKept) && has_zeroes(engine, image, &l1).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The change itself, where no snapshot is in its way.
+    async fn amend_header<E: Engine>(
+        &self,
+        engine: &E,
+        options: &AmendOptions,
+        progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
+    ) -> Changed<()> {
         match self.prepare(engine, options, progress).await {
             Ok(None) => Changed { result: Ok(()), disk: Replacement::None },
             Ok(Some((mut operation, plan))) => {
@@ -189,15 +249,6 @@ impl Disk {
         // The options of opening may want what the image is not to have any more.
         self.check_reload(&plan.header)?;
         if plan.expand {
-            for snapshot in snapshots {
-                let l1 = l1_of(engine, image, snapshot).await?;
-                if has_zeroes(engine, image, &l1).await? {
-                    return unsupported(
-                        "a snapshot has zero clusters, which version 2 (compat=0.10) does not \
-                         know: delete it, or convert the image",
-                    );
-                }
-            }
             if !mutant!(AmendZeroesKept) {
                 self.expand_zeroes(engine, progress).await?;
             }
