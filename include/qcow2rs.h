@@ -734,10 +734,10 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
  * image start again.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
  * another size or backing file, which are not changed by amending; for 0.10:
- * extended L2 entries, zstd, bitmaps, snapshots of another size or with zero
- * clusters.  -EINVAL: options that do not go together (0.10 needs
+ * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL: options that do not go together (0.10 needs
  * refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
- * so.  -EROFS, -EBUSY, -ENOSPC, -EFBIG.  After any of these the image is as it
+ * so.  -EROFS, -EBUSY (also: a snapshot with zero clusters is open, which 0.10
+ * cannot have), -ENOSPC, -EFBIG.  After any of these the image is as it
  * was, but that zero clusters may have become data on the way to 0.10. */
 int qcow2rs_amend(struct qcow2rs_image *img,
                   const struct qcow2rs_create_opts *opts,
