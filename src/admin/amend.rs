@@ -248,10 +248,8 @@ impl Disk {
         let Some(plan) = plan(image, snapshots, options)? else { return Ok(None) };
         // The options of opening may want what the image is not to have any more.
         self.check_reload(&plan.header)?;
-        if plan.expand {
-            if !mutant!(AmendZeroesKept) {
-                self.expand_zeroes(engine, progress).await?;
-            }
+        if plan.expand && !mutant!(AmendZeroesKept) {
+            self.expand_zeroes(engine, progress).await?;
         }
         Ok(Some((Operation::begin(engine, self).await?, plan)))
     }

@@ -344,7 +344,7 @@ fn the_caller_may_say_which_file_it_is() {
     // A program that resolves names is asked for what has none.
     let program = Arc::new(Program {
         asked: Mutex::default(),
-        answer: Source::path(&data_of(&path)),
+        answer: Source::path(data_of(&path)),
         format: None,
     });
     let resolved = open_with(&path, Policy::Resolve(program.clone())).unwrap();
