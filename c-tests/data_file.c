@@ -2,6 +2,8 @@
 /* External data files: chosen at creation, found by the reference policy. */
 #include "disk.h"
 
+#include <sys/stat.h>
+
 #define CLUSTER 65536u
 #define SIZE (16u * CLUSTER)
 
@@ -116,11 +118,85 @@ static void refused(void)
     free(path);
 }
 
+static uint64_t length_of(const char *path)
+{
+    struct stat found;
+
+    CHECK(stat(path, &found) == 0);
+    return (uint64_t)found.st_size;
+}
+
+/* Taken ahead, longer, shorter; called otherwise; not raw any more. */
+static void changed(void)
+{
+    char *path = temp_path("changed"), *file = empty_file("data3");
+    struct qcow2rs_create_opts *o = new_create_opts(SIZE), *amend;
+    struct qcow2rs_storage *storage = storage_at(file);
+    struct qcow2rs_open_opts *open_opts;
+    struct qcow2rs_image *img;
+    struct qcow2rs_info i;
+    size_t length;
+    char *name;
+
+    CHECK_OK(qcow2rs_create_opts_set_data_file(o, "x", &storage));
+    CHECK_OK(qcow2rs_create_opts_set(o, "data_file_raw", "on"));
+    CHECK_OK(qcow2rs_create_opts_set(o, "preallocation", "full"));
+    CHECK_OK(qcow2rs_create_path(path, 0, o, NULL, &img));
+    CHECK_EQ(length_of(file), SIZE);
+    CHECK_OK(qcow2rs_pwrite(img, data, CLUSTER, 0, 0));
+    CHECK_OK(qcow2rs_resize(img, SIZE + 512, QCOW2RS_PREALLOC_METADATA, 0, NULL,
+                            NULL));
+    CHECK_EQ(length_of(file), SIZE + 512);
+    CHECK_OK(qcow2rs_resize(img, CLUSTER, 0, QCOW2RS_RESIZE_SHRINK, NULL,
+                            NULL));
+    CHECK_EQ(length_of(file), CLUSTER);
+    CHECK_ERR(qcow2rs_snapshot_create(img, "a", NULL, 0, NULL, 0), ENOTSUP);
+
+    CHECK_OK(qcow2rs_create_opts_new(&amend));
+    CHECK_OK(qcow2rs_create_opts_set(amend, "data_file", ""));
+    CHECK_OK(qcow2rs_create_opts_set(amend, "data_file_raw", "off"));
+    CHECK_OK(qcow2rs_amend(img, amend, NULL, NULL));
+    CHECK_OK(qcow2rs_get_info(img, &i, sizeof(i)));
+    CHECK_EQ(i.flags & (QCOW2RS_INFO_DATA_FILE | QCOW2RS_INFO_DATA_FILE_RAW),
+             QCOW2RS_INFO_DATA_FILE);
+    CHECK_ERR(
+        qcow2rs_get_ref(img, QCOW2RS_REF_KIND_DATA, &name, &length, NULL),
+        ENOENT);
+    CHECK_OK(qcow2rs_create_opts_set(amend, "data_file_raw", "on"));
+    CHECK_ERR(qcow2rs_amend(img, amend, NULL, NULL), EINVAL);
+    CHECK_OK(qcow2rs_close(&img));
+    /* A name alone makes no data file. */
+    CHECK_OK(qcow2rs_create_opts_set_size(amend, SIZE));
+    CHECK_ERR(qcow2rs_create_path(path, 0, amend, NULL, NULL), EINVAL);
+
+    CHECK_OK(qcow2rs_open_opts_new(&open_opts));
+    CHECK_OK(qcow2rs_open_opts_set_ref_policy(
+        open_opts, QCOW2RS_REF_PATHS, NULL, NULL));
+    CHECK_ERR(qcow2rs_open_path(path, open_opts, &img), EINVAL);
+    CHECK_EQ(qcow2rs_error_code(), QCOW2RS_E_DATA_FILE);
+    CHECK_ERR(qcow2rs_open_opts_set(open_opts, "data-file.filename", ""),
+              EINVAL);
+    CHECK_ERR(qcow2rs_open_opts_set(open_opts, "data-file", "node"), ENOTSUP);
+    CHECK_OK(qcow2rs_open_opts_set(open_opts, "data-file.filename", file));
+    CHECK_OK(qcow2rs_open_opts_set_ref_policy(
+        open_opts, QCOW2RS_REF_DENY, NULL, NULL));
+    CHECK_OK(qcow2rs_open_path(path, open_opts, &img));
+    CHECK_OK(qcow2rs_pread(img, found, CLUSTER, 0, 0));
+    CHECK(memcmp(found, data, CLUSTER) == 0);
+    CHECK_OK(qcow2rs_close(&img));
+    qcow2rs_open_opts_free(&open_opts);
+    qcow2rs_create_opts_free(&amend);
+    qcow2rs_create_opts_free(&o);
+    free(file);
+    free(path);
+}
+
 int main(void)
 {
     memset(data, 0x5a, sizeof(data));
     there_and_back("off", QCOW2RS_INFO_DATA_FILE);
     there_and_back("on", QCOW2RS_INFO_DATA_FILE | QCOW2RS_INFO_DATA_FILE_RAW);
     refused();
+    changed();
     return 0;
 }

@@ -329,10 +329,9 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * (default 1G: for the whole chain, caches included; the cache sizes are per
  * layer), "max-virtual-size" (default: the format's), "backing-direct"
  * (on|off: O_DIRECT for the images below, default as this one's, so that many
- * disks can share one base's page cache).  Accepted, with nothing to change:
- * "cache-clean-interval" (there is no thread that would clean; the caches keep
- * to their sizes), "overlap-check" (the check is always on, for what "cached"
- * means; "all" adds nothing).
+ * disks can share one base's page cache), "data-file.filename" (the path of the
+ * external data file, whatever the image calls it; the reference policy is not
+ * asked).  "cache-clean-interval": see qcow2rs_trim_caches.
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
  * that this build does not have. */
 int qcow2rs_open_opts_set(struct qcow2rs_open_opts *o, const char *name,
@@ -486,6 +485,16 @@ int qcow2rs_get_info_json(struct qcow2rs_image *img, char **json);
 int qcow2rs_get_stats(struct qcow2rs_image *img, struct qcow2rs_stats *stats,
                       size_t stats_size);
 
+/* ------------------------------------------------------------------- Caches */
+
+/* [MT] Gives memory of the metadata caches, those of the images below included,
+ * back to the system: of what is clean and was not used since this was done
+ * last, by this call or after "cache-clean-interval" seconds (600 unless set).
+ * That happens by itself only while requests, flushes or calls of queues come
+ * by: a program that leaves an image idle calls this, twice for all there is.
+ * Returns the number of bytes; what goes is read again when it is needed. */
+int64_t qcow2rs_trim_caches(struct qcow2rs_image *img);
+
 /* ---------------------------------------------------------- Synchronous I/O */
 
 #define QCOW2RS_IO_FUA 1u           /* Durable on completion. */
@@ -609,7 +618,7 @@ int qcow2rs_create_opts_set_data_file(struct qcow2rs_create_opts *o,
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
  * compression_type (zlib|zstd), data_file_raw,
- * preallocation (off|metadata|falloc|full).
+ * preallocation (off|metadata|falloc|full); and data_file, a name for amend.
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */
@@ -719,15 +728,16 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
 /* -------------------------------------------------------------------- Amend */
 
 /* [EXCL] Changes what can be changed in place, option names of `qemu-img
- * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; what was not set
- * in opts stays.  Durable on return.  progress may be NULL.  Counters of the
+ * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image with
+ * a data file: data_file (its name; empty: none is stored), data_file_raw (off);
+ * what was not set in opts stays.  Durable on return.  progress may be NULL.  Counters of the
  * image start again.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
  * another size or backing file, which are not changed by amending; for 0.10:
- * extended L2 entries, zstd, bitmaps, snapshots of another size or with zero
- * clusters.  -EINVAL: options that do not go together (0.10 needs
+ * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL: options that do not go together (0.10 needs
  * refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
- * so.  -EROFS, -EBUSY, -ENOSPC, -EFBIG.  After any of these the image is as it
+ * so.  -EROFS, -EBUSY (also: a snapshot with zero clusters is open, which 0.10
+ * cannot have), -ENOSPC, -EFBIG.  After any of these the image is as it
  * was, but that zero clusters may have become data on the way to 0.10. */
 int qcow2rs_amend(struct qcow2rs_image *img,
                   const struct qcow2rs_create_opts *opts,

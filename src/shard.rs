@@ -53,14 +53,16 @@ impl<T> Sharded<T> {
 pub struct Count(AtomicU64);
 
 impl Count {
-    /// Adds to the copy that `at(here)` is in.
+    /// Adds to the copy that `at(here)` is in; returns what that is then.
     #[inline]
-    pub fn add(&self, here: Here, amount: u64) {
+    pub fn add(&self, here: Here, amount: u64) -> u64 {
         if here.owned() {
             // Nobody else writes to it.
-            self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+            let sum = self.0.load(Ordering::Relaxed).wrapping_add(amount);
+            self.0.store(sum, Ordering::Relaxed);
+            sum
         } else {
-            self.0.fetch_add(amount, Ordering::Relaxed);
+            self.0.fetch_add(amount, Ordering::Relaxed).wrapping_add(amount)
         }
     }
 

@@ -211,7 +211,7 @@ fn the_same_is_refused() {
         ("preallocation=full", no),
         ("backing_file=b", no),
         ("backing_fmt=raw", no),
-        ("data_file=x", no),
+        ("data_file=x", bad),
         ("data_file_raw=on", bad),
         ("data_file_raw=off", None),
         ("refcount_bits=7", bad),
@@ -282,13 +282,6 @@ fn snapshots_go_along() {
     assert_eq!(kind("refcount_bits=2"), Some(ErrorKind::InvalidArgument));
     assert!(!qemu_amend(&twin, "refcount_bits=2"));
     assert!(fs::read(&path).unwrap() == before);
-    // A zero cluster in a snapshot.
-    qemu_ok("qemu-img", &["snapshot", "-c", "d", text(&path)]);
-    qemu_io(&path, &["write -z -u 128k 64k".into()]);
-    qemu_ok("qemu-img", &["snapshot", "-c", "e", text(&path)]);
-    let before = fs::read(&path).unwrap();
-    assert_eq!(kind("compat=0.10"), no);
-    assert!(fs::read(&path).unwrap() == before);
     // One of another size.
     qemu_create(&path, "", 1 << 20);
     qemu_ok("qemu-img", &["snapshot", "-c", "a", text(&path)]);
@@ -296,6 +289,95 @@ fn snapshots_go_along() {
     fs::copy(&path, &twin).unwrap();
     assert_eq!(kind("compat=0.10"), no);
     assert!(!qemu_amend(&twin, "compat=0.10"));
+}
+
+#[test]
+fn zero_clusters_go_from_snapshots_too() {
+    let scratch = Scratch::new();
+    let (path, twin) = (scratch.path("image"), scratch.path("twin"));
+    for (backed, options) in [
+        (false, "cluster_size=64k"),
+        (true, "cluster_size=64k"),
+        (false, "cluster_size=512"),
+        (true, "cluster_size=512,refcount_bits=64"),
+    ] {
+        support::describe(format!("{options}, backed: {backed}"), || {
+            fs::write(scratch.path("base"), vec![7; 1 << 20]).unwrap();
+            let below = if backed { ",backing_file=base,backing_fmt=raw" } else { "" };
+            qemu_create(&path, &format!("{options}{below}"), 1 << 20);
+            let take = |name| qemu_ok("qemu-img", &["snapshot", "-c", name, text(&path)]);
+            let play = |ops: &[&str]| {
+                qemu_io(&path, &ops.iter().map(|op| (*op).to_owned()).collect::<Vec<_>>());
+            };
+            play(&["write -P 1 0 512k", "write -z 0 64k", "write -z -u 64k 64k"]);
+            take("a");
+            // Shares all tables with the one before.
+            take("b");
+            play(&["write -z 128k 64k", "write -z -u 576k 64k", "write -P 2 64k 4k"]);
+            take("c");
+            // Without zero clusters where others have them, and other tables.
+            play(&["write -P 3 0 640k", "write -P 4 900k 4k"]);
+            take("d");
+            play(&["write -z -u 0 1M", "write -P 5 256k 64k"]);
+            let contents = |path: &Path| {
+                let image = open(path);
+                let of = |name: &str| {
+                    let snapshot = image.snapshot_open(name.as_bytes()).unwrap();
+                    support::read(&snapshot, 0, 1 << 20)
+                };
+                let mut all: Vec<_> = ["a", "b", "c", "d"].map(of).into();
+                all.push(support::read(&image, 0, 1 << 20));
+                all
+            };
+            let before = contents(&path);
+            fs::copy(&path, &twin).unwrap();
+            amend(&path, "compat=0.10,refcount_bits=16").unwrap();
+            assert_eq!(Dissected::load(&path).version(), 2);
+            qemu_img_check(&path);
+            assert_exact(&path);
+            assert!(contents(&path) == before);
+            // QEMU does it, too, but zeroes host clusters that other snapshots have data in
+            // (10.0.2): what they hold afterwards is nothing to be compared with.
+            assert!(qemu_amend(&twin, "refcount_bits=16") && qemu_amend(&twin, "compat=0.10"));
+            // All of it can be used by QEMU, and goes back.
+            for name in ["b", "c", "a", "d"] {
+                qemu_ok("qemu-img", &["snapshot", "-a", name, text(&path)]);
+                let index = usize::from(name.as_bytes()[0] - b'a');
+                assert!(support::read(&open(&path), 0, 1 << 20) == before[index], "{name}");
+            }
+            amend(&path, "compat=1.1").unwrap();
+            for name in ["a", "b", "c", "d"] {
+                qemu_ok("qemu-img", &["snapshot", "-d", name, text(&path)]);
+            }
+            qemu_img_check(&path);
+            assert_exact(&path);
+        });
+    }
+}
+
+#[test]
+fn a_snapshot_that_is_open_keeps_its_zero_clusters() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    qemu_create(&path, "", 1 << 20);
+    qemu_io(&path, &["write -z 0 64k".into()]);
+    qemu_ok("qemu-img", &["snapshot", "-c", "a", text(&path)]);
+    let open = OpenOptions::new().policy(Policy::Paths).writable(true);
+    let image = Image::open(Source::path(&path), &open).unwrap();
+    let snapshot = image.snapshot_open(b"a").unwrap();
+    let change = options("compat=0.10").unwrap();
+    let busy = image.amend(&change, &mut |_, _| true).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy);
+    assert_eq!(support::read(&snapshot, 0, 512), [0; 512]);
+    snapshot.close().unwrap();
+    // It can be called off before anything has changed.
+    let cancelled = image.amend(&change, &mut |_, _| false).unwrap_err();
+    assert_eq!(cancelled.kind(), ErrorKind::Cancelled);
+    assert_eq!(Dissected::load(&path).version(), 3);
+    image.amend(&change, &mut |_, _| true).unwrap();
+    image.close().unwrap();
+    qemu_img_check(&path);
+    assert_exact(&path);
 }
 
 #[test]

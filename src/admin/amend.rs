@@ -1,5 +1,6 @@
 //! Changing what an image is, in place: its version, whether its refcounts may be
-//! written late, how wide they are.
+//! written late, how wide they are; how its data file is called, and whether that is to
+//! be a raw image.
 //!
 //! ```text
 //! zero clusters expanded (version 2), settle; new snapshot table, new refcounts
@@ -13,7 +14,8 @@ use super::option_names::version;
 use crate::alloc::rewidth::NewTable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compression::Compression;
-use crate::format::header::{Header, compatible, incompatible};
+use crate::format::header::{Header, autoclear, compatible, incompatible};
+use crate::format::limits::MAX_BACKING_NAME;
 use crate::format::refcount::RefcountWidth;
 use crate::format::snapshot::Snapshot;
 use crate::image::disk::Disk;
@@ -43,8 +45,11 @@ pub struct AmendOptions {
     pub size: Option<u64>,
     /// Name and format of the backing file, which must be what they are.
     pub backing: (Option<Vec<u8>>, Option<Vec<u8>>),
-    /// Whether "data_file_raw" is asked for, which no image without data file has.
-    pub data_file_raw: bool,
+    /// The name of the data file, for images that have one; empty: no name is stored,
+    /// and whoever opens the image has to say which file it is.
+    pub data_file: Option<Vec<u8>>,
+    /// Whether the data file is to be a raw image by itself: it may cease to be one only.
+    pub data_file_raw: Option<bool>,
 }
 
 impl AmendOptions {
@@ -56,7 +61,8 @@ impl AmendOptions {
     /// | lazy_refcounts | on, off | refcounts are written at close, and rebuilt after a crash; version 3 only |
     /// | refcount_bits | number | a power of two up to 64; 16 in version 2 |
     /// | size, backing_file, backing_fmt | as it is | they have their own calls |
-    /// | data_file_raw | off | |
+    /// | data_file | name | of the data file, as it is stored; empty: none is stored |
+    /// | data_file_raw | off | the data file need not be a raw image any more |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value; `NotSupported`: what
     /// can be set only when an image is made, or not by this build.
@@ -73,7 +79,8 @@ impl AmendOptions {
             "size" => self.size = Some(size(name, value)?),
             "backing_file" => self.backing.0 = Some(value.as_bytes().to_vec()),
             "backing_fmt" => self.backing.1 = Some(value.as_bytes().to_vec()),
-            "data_file_raw" => self.data_file_raw = switch(name, value)?,
+            "data_file" => self.data_file = Some(value.as_bytes().to_vec()),
+            "data_file_raw" => self.data_file_raw = Some(switch(name, value)?),
             "cluster_size"
             | "extended_l2"
             | "compression_type"
@@ -89,7 +96,7 @@ impl AmendOptions {
                 let text = format!("{name:?} can only be set when an image is made");
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
-            "data_file" | "encrypt.iter-time" | "encrypt.keyslot" | "encrypt.new-secret"
+            "encrypt.iter-time" | "encrypt.keyslot" | "encrypt.new-secret"
             | "encrypt.old-secret" | "encrypt.state" => {
                 let text = format!("{name:?} cannot be changed by this build");
                 return Err(Error::new(ErrorKind::NotSupported, text));
@@ -128,8 +135,9 @@ impl Image {
     /// Errors: `Busy` if another call is in progress, or a request of a queue in flight;
     /// `ReadOnly`; `NotSupported` for raw images and for what only an image that is
     /// made anew can have: among them version 2 with extended L2 entries, zstd,
-    /// bitmaps, or snapshots of another size, with more than 4 GiB of VM state, or with
-    /// zero clusters; `InvalidArgument` where options do not go together, or a refcount
+    /// bitmaps, or snapshots of another size, or with more than 4 GiB of VM state;
+    /// `Busy`, too, where a snapshot with zero clusters is open, which version 2 cannot
+    /// have; `InvalidArgument` where options do not go together, or a refcount
     /// does not fit; `Os(EFBIG)`, `NoSpace`, `Limit`. After any of these the image is
     /// as it was, but for zero clusters that may have become data.
     pub fn amend(
@@ -137,16 +145,21 @@ impl Image {
         options: &AmendOptions,
         progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
     ) -> Result<()> {
-        self.alter(|disk| block_on(disk.amend(&Blocking, options, progress)).into())
+        self.alter(|disk| {
+            let is_open = |snapshot: &Snapshot| self.views().has(snapshot);
+            block_on(disk.amend(&Blocking, options, is_open, progress)).into()
+        })
     }
 }
 
 impl Disk {
-    /// See `Image::amend`; while nobody else does anything with the disk.
+    /// See `Image::amend`; while nobody else does anything with the disk. `is_open`:
+    /// whether somebody has the snapshot open.
     pub async fn amend<E: Engine>(
         &self,
         engine: &E,
         options: &AmendOptions,
+        is_open: impl Fn(&Snapshot) -> bool + Send,
         progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
     ) -> Changed<()> {
         // What is done has several parts, each of which begins to count anew.
@@ -155,6 +168,60 @@ impl Disk {
             most = done.max(most);
             progress(most, total.max(most))
         };
+        let mut expanded = None;
+        match self.snapshots_have_zeroes(engine, options).await {
+            Ok(false) => {}
+            Ok(true) => {
+                let changed = self.expand_snapshots(engine, is_open, progress).await;
+                match (changed.result, changed.disk) {
+                    (Ok(()), Replacement::Disk(disk)) => expanded = Some(disk),
+                    (Ok(()), Replacement::None) => {}
+                    (result, disk) => return Changed { result, disk },
+                }
+            }
+            Err(error) => {
+                let error = self.note_corruption(engine, error).await;
+                return Changed { result: Err(error), disk: Replacement::None };
+            }
+        }
+        let disk = expanded.as_deref().unwrap_or(self);
+        let Changed { result, disk } = disk.amend_header(engine, options, progress).await;
+        let disk = match (disk, expanded) {
+            (Replacement::None, Some(expanded)) => Replacement::Disk(expanded),
+            (disk, _) => disk,
+        };
+        Changed { result, disk }
+    }
+
+    /// Whether the change is one that zero clusters in snapshots are in the way of.
+    async fn snapshots_have_zeroes<E: Engine>(
+        &self,
+        engine: &E,
+        options: &AmendOptions,
+    ) -> Result<bool> {
+        let snapshots = &self.snapshot_table(engine).await?.list;
+        let Some(image) = self.top() else { return unsupported("a raw image has no options") };
+        image.writing()?;
+        let Some(plan) = plan(image, snapshots, options)?.filter(|plan| plan.expand) else {
+            return Ok(false);
+        };
+        self.check_reload(&plan.header)?;
+        for snapshot in snapshots {
+            let l1 = l1_of(engine, image, snapshot).await?;
+            if !mutant!(AmendZeroesKept) && has_zeroes(engine, image, &l1).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The change itself, where no snapshot is in its way.
+    async fn amend_header<E: Engine>(
+        &self,
+        engine: &E,
+        options: &AmendOptions,
+        progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
+    ) -> Changed<()> {
         match self.prepare(engine, options, progress).await {
             Ok(None) => Changed { result: Ok(()), disk: Replacement::None },
             Ok(Some((mut operation, plan))) => {
@@ -181,19 +248,8 @@ impl Disk {
         let Some(plan) = plan(image, snapshots, options)? else { return Ok(None) };
         // The options of opening may want what the image is not to have any more.
         self.check_reload(&plan.header)?;
-        if plan.expand {
-            for snapshot in snapshots {
-                let l1 = l1_of(engine, image, snapshot).await?;
-                if has_zeroes(engine, image, &l1).await? {
-                    return unsupported(
-                        "a snapshot has zero clusters, which version 2 (compat=0.10) does not \
-                         know: delete it, or convert the image",
-                    );
-                }
-            }
-            if !mutant!(AmendZeroesKept) {
-                self.expand_zeroes(engine, progress).await?;
-            }
+        if plan.expand && !mutant!(AmendZeroesKept) {
+            self.expand_zeroes(engine, progress).await?;
         }
         Ok(Some((Operation::begin(engine, self).await?, plan)))
     }
@@ -218,6 +274,7 @@ fn plan(image: &Qcow2, snapshots: &[Snapshot], options: &AmendOptions) -> Result
         Some(false) => header.compatible &= !compatible::LAZY_REFCOUNTS,
         None => {}
     }
+    amend_data_file(&mut header, options)?;
     if header.version < 3 {
         if bits != 16 {
             return Err(Error::invalid("version 2 (compat=0.10) needs refcount_bits=16"));
@@ -236,7 +293,9 @@ fn plan(image: &Qcow2, snapshots: &[Snapshot], options: &AmendOptions) -> Result
         true => None,
         false => Some(RefcountWidth::new(header.refcount_order)?),
     };
-    let same = header.version == old.version && header.compatible == old.compatible;
+    let same = header.version == old.version
+        && (header.compatible, header.autoclear) == (old.compatible, old.autoclear)
+        && header.extensions == old.extensions;
     if same && rewidth.is_none() {
         return Ok(None);
     }
@@ -258,10 +317,29 @@ fn check_unchanged(old: &Header, options: &AmendOptions) -> Result<()> {
     {
         return unsupported("the backing file is not changed by amending: rebase the image");
     }
+    Ok(())
+}
+
+/// The data file of an image that has one. It stays open, whatever it is to be called.
+fn amend_data_file(header: &mut Header, options: &AmendOptions) -> Result<()> {
     match options.data_file_raw {
-        true => Err(Error::invalid("data_file_raw cannot be set on an image that exists")),
-        false => Ok(()),
+        Some(true) if !header.raw_external_data() => {
+            return Err(Error::invalid("data_file_raw cannot be set on an image that exists"));
+        }
+        Some(false) => header.autoclear &= !autoclear::RAW_EXTERNAL_DATA,
+        _ => {}
     }
+    let Some(name) = &options.data_file else { return Ok(()) };
+    if !header.external_data_file() {
+        return Err(Error::invalid("data_file can only be set for an image that has a data file"));
+    }
+    if name.contains(&0) || name.len() > MAX_BACKING_NAME {
+        return Err(Error::invalid(format!(
+            "the name of a data file has at most {MAX_BACKING_NAME} bytes, and no NUL"
+        )));
+    }
+    header.extensions.data_file = Some(name.clone()).filter(|name| !name.is_empty());
+    Ok(())
 }
 
 /// Whether version 2 can say what a version 3 image says.
@@ -330,6 +408,7 @@ async fn carry_out<E: Engine>(
     operation.header.incompatible = header.incompatible & !incompatible::DIRTY;
     operation.header.compatible = header.compatible;
     operation.header.autoclear = header.autoclear;
+    operation.header.extensions = header.extensions;
     operation.disk.check_reload(&operation.header)?;
     operation.switch_all().await?;
     if new_table && rewidth.is_none() {
@@ -358,7 +437,7 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), Some(ErrorKind::InvalidArgument), "{name}={value}");
         }
-        for name in ["cluster_size", "extended_l2", "compression_type", "data_file"] {
+        for name in ["cluster_size", "extended_l2", "compression_type"] {
             assert_eq!(kind(name, "on"), Some(ErrorKind::NotSupported), "{name}");
         }
         for name in ["", "bogus", "Compat"] {

@@ -3,11 +3,11 @@
 //! Everything is checked before anything is written, and the header is written
 //! last: what is interrupted is no image rather than a broken one.
 
-use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::data_length;
 use super::layout::{Ahead, Layout, fully_allocated, layout};
 use super::preallocation::{Filling, Preallocation};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,7 +25,7 @@ use crate::image::handle::Image;
 use crate::image::open::{access, check_new};
 use crate::image::options::{Format, OpenOptions};
 use crate::io::blocking::Blocking;
-use crate::io::engine::{Engine, Piece, ZeroMode};
+use crate::io::engine::{Engine, Piece};
 use crate::io::storage::{Access, Source, Storage};
 use crate::io::wait::block_on;
 use crate::log;
@@ -120,10 +120,6 @@ impl CreateOptions {
             return Err(Error::invalid(
                 "preallocation over a backing file needs extended L2 entries (extended_l2=on)",
             ));
-        }
-        if preallocated && self.data_file.is_some() {
-            let text = "preallocation in a data file is not supported by this build";
-            return Err(Error::new(ErrorKind::NotSupported, text));
         }
         self.check_data_file()?;
         Ok(Geometry { cluster_bits: size.ilog2(), extended_l2: self.extended_l2 })
@@ -248,7 +244,8 @@ fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
     let preallocation = options.preallocation;
     let ahead = match (preallocation, options.data_file_raw) {
         (Preallocation::Off, false) => Ahead::Nothing,
-        (Preallocation::Off, true) => Ahead::Tables,
+        // Data has its places in the other file.
+        _ if options.data_file.is_some() => Ahead::Tables,
         _ => Ahead::Data,
     };
     let layout = layout(geometry, width, size, ahead)?;
@@ -349,39 +346,6 @@ fn data_in_itself(file: &Storage) -> Error {
     Error::invalid(format!("{} cannot be both the image and its data file", file.name()))
 }
 
-/// Makes a data file as long as the disk, where a length can be set. A raw one is zero.
-async fn empty_data_file<E: Engine>(
-    engine: &E,
-    file: &Storage,
-    size: u64,
-    raw: bool,
-) -> Result<()> {
-    for length in [0, size] {
-        match file.truncate(engine, length).await {
-            Err(error) if error.kind() != ErrorKind::NotSupported => return Err(error),
-            _ if length == 0 && raw => {
-                // What keeps its length keeps what it holds.
-                let left = file.length()?.min(size);
-                zero_range(engine, file, 0..left).await?;
-            }
-            _ => {}
-        }
-    }
-    file.sync(engine).await
-}
-
-async fn zero_range<E: Engine>(engine: &E, file: &Storage, range: Range<u64>) -> Result<()> {
-    if range.is_empty() {
-        return Ok(());
-    }
-    match file.zero(engine, range.start, range.end - range.start, ZeroMode::Keep).await {
-        Err(error) if error.kind() == ErrorKind::NotSupported => {
-            zero_tables(engine, file, range.start, range.end).await
-        }
-        zeroed => zeroed,
-    }
-}
-
 /// Makes an image; with all checks that can be done before if it will be `opened`.
 fn make(
     place: &Place<'_>,
@@ -407,8 +371,11 @@ fn make(
             if same {
                 return Err(data_in_itself(file));
             }
-            let size = plan.header.virtual_size();
-            empty_data_file(&Blocking, file, size, options.data_file_raw).await?;
+            // Entries lead there from the beginning where there are any.
+            let (disk, shown) = (0..plan.header.virtual_size(), plan.layout.l2 > 0);
+            let mode = options.preallocation;
+            data_length::renew(&Blocking, file, disk, shown, mode, &mut |_, _| true).await?;
+            file.sync(&Blocking).await?;
         }
         write(&Blocking, &storage, &plan).await
     });
@@ -511,7 +478,9 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         write_l2_tables(engine, storage, layout, header).await?;
         let data = layout.data_at() << geometry.cluster_bits;
         let bytes = data..layout.used << geometry.cluster_bits;
-        plan.preallocation.prepare(engine, storage, bytes, data, &mut |_, _| true).await?;
+        if !bytes.is_empty() {
+            plan.preallocation.prepare(engine, storage, bytes, data, &mut |_, _| true).await?;
+        }
     }
     storage.sync(engine).await?;
     write_at(engine, storage, first_bytes, 0).await?;
@@ -535,7 +504,7 @@ async fn write_l2_tables<E: Engine>(
         false => HostOffset::new(layout.data_at() << bits).map(DataOffset::from),
     };
     let format = L2Format { geometry, version: header.version, data_file };
-    let filling = Filling { format, data, hide: false };
+    let filling = Filling { format, data, hide: false, raw: header.raw_external_data() };
     let clusters = geometry.clusters_for(header.virtual_size());
     let per_table = geometry.l2_coverage() >> bits;
     let places = || (0..layout.l2).map(|n| (layout.l2_at() + n) << bits);

@@ -3,6 +3,7 @@
 pub mod amend;
 mod check;
 pub mod create;
+mod data_length;
 mod layout;
 mod option_names;
 pub mod preallocation;

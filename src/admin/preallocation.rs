@@ -127,6 +127,8 @@ pub struct Filling {
     pub data: Option<DataOffset>,
     /// There is something below that must not show.
     pub hide: bool,
+    /// They lead to a data file that is a raw image by itself.
+    pub raw: bool,
 }
 
 impl Filling {
@@ -136,13 +138,13 @@ impl Filling {
     }
 
     /// The entries of `count` guest clusters from the `first` of the new ones on. With
-    /// extended entries no subcluster is allocated, as QEMU leaves them; but in a data
+    /// extended entries no subcluster is allocated, as QEMU leaves them; but in a raw data
     /// file all are, as what is there is to be seen.
     pub fn entries(&self, first: u64, count: u64) -> Result<Vec<u8>> {
         let geometry = self.format.geometry;
         let all = subcluster::all(geometry.subclusters());
         let zero = if self.hide { all } else { 0 };
-        let stored = !self.hide && (self.format.data_file || !geometry.extended_l2);
+        let stored = !self.hide && (self.raw || !geometry.extended_l2);
         let size = (count * geometry.l2_entry_size()) as usize;
         let mut bytes = fallible::room_for(size)?;
         for index in first..first + count {

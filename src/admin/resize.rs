@@ -14,12 +14,16 @@
 //! the size: neither what a shorter disk has cut off nor VM state becomes content of a
 //! longer one. Snapshots keep what they share.
 //!
+//! An external data file becomes longer before the header is written, and shorter after
+//! that.
+//!
 //! At every moment the image has the old size or the new one, with all that belongs to
 //! it, and wastes space at worst.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::data_length;
 use super::preallocation::{Filling, Preallocation, Progress, report};
 use crate::alloc::changes::Changes;
 use crate::alloc::health::Health;
@@ -29,7 +33,7 @@ use crate::fallible;
 use crate::format::header::Header;
 use crate::format::l2::COPIED;
 use crate::format::limits::{OFFSET_MASK, max_virtual_size};
-use crate::geometry::{DataOffset, HostOffset};
+use crate::geometry::{DataOffset, GuestCluster, HostOffset};
 use crate::image::disk::{Disk, Layer, Raw};
 use crate::image::handle::{Image, Replacement};
 use crate::image::qcow2::Qcow2;
@@ -38,6 +42,7 @@ use crate::image::zero::ZeroFlags;
 use crate::io::blocking::Blocking;
 use crate::io::engine::{Engine, Piece};
 use crate::io::wait::block_on;
+use crate::log;
 use crate::metadata::tables::read;
 use crate::snapshots::Changed;
 use crate::snapshots::operation::Operation;
@@ -65,8 +70,8 @@ impl Image {
     /// of this geometry is that large; `Limit` past "max-virtual-size" and
     /// "max-metadata-size"; `NoSpace`; `ReadOnly`; `Cancelled`; `NotSupported` for
     /// version 2 images that have snapshots, or a backing file that is longer than the
-    /// disk was; for images with bitmaps or a data file; for raw images, modes and storages that cannot
-    /// do it. After any of these the image is as it was.
+    /// disk was; for images with bitmaps; for raw images, modes and storages that cannot do
+    /// it. After any of these the image is as it was.
     pub fn resize(&self, size: u64, options: &ResizeOptions, progress: Progress<'_>) -> Result<()> {
         self.alter(|disk| block_on(disk.resize(&Blocking, size, options, progress)).into())
     }
@@ -104,6 +109,10 @@ impl Disk {
             Some(Layer::Qcow2(image)) => image,
             None => return unchanged(Ok(())),
         };
+        let data_length = match image.data_file.as_ref().map(|file| file.length()).transpose() {
+            Ok(length) => length,
+            Err(error) => return unchanged(Err(error)),
+        };
         if let Err(error) = self.zero_last_cluster(engine, image, size).await {
             return unchanged(Err(error));
         }
@@ -116,10 +125,15 @@ impl Disk {
             false => grow(&mut operation, size, options.preallocation, progress).await,
         };
         let changed = operation.finish(result).await;
-        if let (Ok(()), Replacement::Disk(disk)) = (&changed.result, &changed.disk) {
-            if size < self.size() {
-                disk.cut_file(engine).await;
+        match (&changed.result, &changed.disk) {
+            (Ok(()), Replacement::Disk(disk)) if size < self.size() => disk.cut_files(engine).await,
+            (Err(_), Replacement::None) => {
+                if let (Some(file), Some(length)) = (&image.data_file, data_length) {
+                    // What was to be part of the disk is not; that it goes is no news.
+                    _ = data_length::cut(engine, file, length).await;
+                }
             }
+            _ => {}
         }
         changed
     }
@@ -138,9 +152,6 @@ impl Disk {
             return Err(Error::invalid("a disk that becomes shorter has nothing to preallocate"));
         }
         views::refuse(&self.view, "changing its size")?;
-        if self.top().is_some_and(|image| image.format.data_file) {
-            return unsupported("the size of an image with a data file cannot be changed yet");
-        }
         if size > self.options.max_virtual_size {
             let text = format!("a disk of {size} bytes exceeds \"max-virtual-size\"");
             return Err(Error::new(ErrorKind::Limit, text));
@@ -191,6 +202,10 @@ impl Disk {
         image: &Qcow2,
         size: u64,
     ) -> Result<()> {
+        if image.is_raw_data() {
+            // There it is made new together with the rest of what is new.
+            return Ok(());
+        }
         let old = self.size();
         let end = old.next_multiple_of(image.geometry().cluster_size()).min(size);
         mutant!(ResizeShowsRest => return Ok(()));
@@ -201,11 +216,24 @@ impl Disk {
         longer.write_zeroes(engine, old, end - old, ZeroFlags::default()).await
     }
 
-    /// Cuts off what nothing uses at the end of the file. That it works is not promised.
-    async fn cut_file<E: Engine>(&self, engine: &E) {
+    /// Cuts off what nothing uses at the end of the files. That it works is not promised.
+    async fn cut_files<E: Engine>(&self, engine: &E) {
         let Some(image) = self.top() else { return };
         let Some(writing) = &image.writing else { return };
         let allocator = &writing.allocator;
+        if let Some(file) = &image.data_file {
+            let cut = async {
+                match data_length::cut(engine, file, self.size()).await? {
+                    true => allocator.barrier(engine, file).await,
+                    false => Ok(()),
+                }
+            };
+            if let Err(error) = cut.await {
+                log::emit(log::WARN, "resize", || {
+                    format!("{}: it stays longer than the disk: {error}", file.name())
+                });
+            }
+        }
         let Ok(used) = allocator.clusters_used(engine, &image.storage).await else { return };
         let length = used << image.geometry().cluster_bits;
         if image.storage.length().is_ok_and(|now| length < now) {
@@ -367,8 +395,17 @@ async fn grow<E: Engine>(
         None => storage.length()?.next_multiple_of(geometry.cluster_size()),
         Some(_) => u64::MAX,
     };
-    let mut filling = Filling { format: image.format, data: None, hide };
-    if mode != Preallocation::Off && !clusters.is_empty() {
+    let raw = image.is_raw_data();
+    let mut filling = Filling { format: image.format, data: None, hide, raw };
+    if let Some(file) = &image.data_file {
+        if (raw || mode != Preallocation::Off) && !clusters.is_empty() {
+            filling.data = image.data_file_place(GuestCluster(clusters.start));
+        }
+        let shown = raw || !filling.is_empty();
+        data_length::renew(engine, file, image.size..size, shown, mode, progress).await?;
+        // Before anything leads there.
+        operation.writing.allocator.barrier(engine, file).await?;
+    } else if mode != Preallocation::Off && !clusters.is_empty() {
         let data = operation.take(clusters.end - clusters.start).await?;
         let bits = geometry.cluster_bits;
         let bytes = data.start << bits..data.end << bits;

@@ -8,6 +8,7 @@ mod grow;
 pub mod health;
 pub mod limbo;
 pub mod overlap;
+pub mod overlap_check;
 pub mod packing;
 pub mod refcounts;
 pub mod rewidth;

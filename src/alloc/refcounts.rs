@@ -94,6 +94,11 @@ impl Refcounts {
         self.width.entries_per(self.geometry.cluster_size())
     }
 
+    /// Gives back memory of the cache; see `SliceCache::trim`.
+    pub fn trim(&self) -> u64 {
+        self.cache.trim()
+    }
+
     /// Memory held, in bytes.
     pub fn bytes(&self) -> u64 {
         self.cache.bytes() + self.table().entries.len() as u64 * 8

@@ -41,7 +41,14 @@ fn settings(opts: &Mutex<CreateSettings>) -> MutexGuard<'_, CreateSettings> {
 
 fn copy(call: &Call, opts: *const qcow2rs_create_opts) -> Result<CreateOptions> {
     let opts = call.held(opts)?;
-    Ok(settings(&opts).create.clone())
+    let settings = settings(&opts);
+    if settings.create.data_file.is_none() && settings.given.iter().any(|it| it.0 == "data_file") {
+        return Err(Error::invalid(
+            "\"data_file\" by name is for amending: an image is made with \
+             qcow2rs_create_opts_set_data_file",
+        ));
+    }
+    Ok(settings.create.clone())
 }
 
 /// What was set, by name.
@@ -135,7 +142,9 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_data_file(
                 name.len()
             )));
         }
-        settings(&opts).create.data_file = Some((name.to_vec(), source?));
+        let mut settings = settings(&opts);
+        settings.create.data_file = Some((name.to_vec(), source?));
+        settings.give("data_file", &String::from_utf8_lossy(name));
         Ok(0)
     })
 }
@@ -143,7 +152,7 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_data_file(
 /// [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
 /// (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
 /// compression_type (zlib|zstd), data_file_raw,
-/// preallocation (off|metadata|falloc|full).
+/// preallocation (off|metadata|falloc|full); and data_file, a name for amend.
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
 /// of QEMU's that this build does not have.  What goes together is checked by
 /// create.
@@ -157,7 +166,9 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set(
         let opts = call.held(o)?;
         let (name, value) = (call.text(name, "name")?, call.text(value, "value")?);
         let mut settings = settings(&opts);
-        settings.create.set(name, value)?;
+        if name != "data_file" {
+            settings.create.set(name, value)?;
+        }
         settings.give(name, value);
         Ok(0)
     })

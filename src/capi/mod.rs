@@ -50,6 +50,9 @@ pub use open::*;
 mod info;
 pub use info::*;
 
+mod caches;
+pub use caches::*;
+
 mod io;
 pub use io::*;
 

@@ -175,10 +175,9 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// (default 1G: for the whole chain, caches included; the cache sizes are per
 /// layer), "max-virtual-size" (default: the format's), "backing-direct"
 /// (on|off: O_DIRECT for the images below, default as this one's, so that many
-/// disks can share one base's page cache).  Accepted, with nothing to change:
-/// "cache-clean-interval" (there is no thread that would clean; the caches keep
-/// to their sizes), "overlap-check" (the check is always on, for what "cached"
-/// means; "all" adds nothing).
+/// disks can share one base's page cache), "data-file.filename" (the path of the
+/// external data file, whatever the image calls it; the reference policy is not
+/// asked).  "cache-clean-interval": see qcow2rs_trim_caches.
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option of QEMU's
 /// that this build does not have.
 #[unsafe(no_mangle)]

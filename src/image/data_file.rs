@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::gate;
-use super::options::{OpenOptions, Reference, ReferenceKind};
+use super::options::{OpenOptions, Policy, Reference, ReferenceKind};
 use super::qcow2::{Qcow2, Writing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::Header;
@@ -40,12 +40,22 @@ pub(super) fn open_data_file(
     depth: u32,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<Option<Arc<Storage>>> {
+    let image = storage.name();
+    if !header.external_data_file() && options.data_file.is_some() {
+        let text = format!("{image} has no external data file: none can be given to it");
+        return Err(Error::invalid(text));
+    }
     if !header.external_data_file() || options.check_only {
         return Ok(None);
     }
-    let image = storage.name();
-    let Some(name) = header.extensions.data_file.as_deref().filter(|name| !name.is_empty()) else {
-        let text = format!("{image} keeps its data in another file and does not say in which");
+    let stored = header.extensions.data_file.as_deref().filter(|name| !name.is_empty());
+    // A program that resolves names may know what no name stands for.
+    let asked = options.data_file.is_some() || matches!(options.policy, Policy::Resolve(_));
+    let Some(name) = stored.or(asked.then_some(b"")) else {
+        let text = format!(
+            "{image} keeps its data in another file and does not say in which: say it with \
+             \"data-file.filename\""
+        );
         return Err(Error::new(ErrorKind::DataFile(libc::EINVAL), text));
     };
     let reference = Reference {
@@ -57,8 +67,12 @@ pub(super) fn open_data_file(
         writable: options.writable,
     };
     let directory = storage.path().and_then(|path| path.parent());
-    let opened = gate::resolve(options, &reference, directory)
-        .and_then(|(source, _)| super::open::open_once(source, data_access(options), seen));
+    let source = match &options.data_file {
+        Some(source) => Ok(source.clone()),
+        None => gate::resolve(options, &reference, directory).map(|(source, _)| source),
+    };
+    let opened =
+        source.and_then(|source| super::open::open_once(source, data_access(options), seen));
     let data = opened.map_err(|error| {
         let name = String::from_utf8_lossy(name);
         let context = format!("{image}: opening the data file {name:?}");

@@ -239,7 +239,7 @@ impl Qcow2 {
     pub(super) async fn punch<E: Engine>(&self, engine: &E, writing: &Writing, bytes: Range<u64>) {
         let length = bytes.end - bytes.start;
         let overlap = &writing.allocator.overlap;
-        let own = self.format.data_file || overlap.check_data(bytes.start, length).is_ok();
+        let own = self.format.data_file || overlap.may_punch(bytes.start, length);
         if length > 0 && writing.punch && own && self.data().can_punch() {
             // Not a discard, which may leave anything: until the next flush a crash
             // brings the old entry back.

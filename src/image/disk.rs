@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use super::cleaning::Cleaning;
 use super::inflated::Inflated;
 use super::options::OpenOptions;
 use super::qcow2::{Lookup, Qcow2, Run};
@@ -28,12 +29,17 @@ pub struct Disk {
     pub requests: Requests,
     /// Compressed clusters that were read last.
     pub inflated: Inflated,
+    /// When its caches are cleaned.
+    pub(super) cleaning: Cleaning,
     /// What says that this is a snapshot, if it is one.
     pub view: Option<Arc<View>>,
     /// The same image with what lies behind its end, once that is asked for.
     pub(super) vm_state: OnceLock<Box<Disk>>,
     pub(super) size: u64,
 }
+
+/// Of so many requests of a thread one looks at the clock.
+const NOW_AND_THEN: u64 = 4096;
 
 /// Requests so far.
 #[derive(Default)]
@@ -50,22 +56,23 @@ pub struct RequestCounters {
 }
 
 impl Requests {
-    /// Counts a read.
+    /// Counts a read. Returns whether this is one of few, after which to do what is done
+    /// now and then.
     #[inline]
-    pub fn read(&self, bytes: u64) {
+    pub fn read(&self, bytes: u64) -> bool {
         let here = here();
         let counters = self.0.at(here);
-        counters.reads.add(here, 1);
         counters.read_bytes.add(here, bytes);
+        counters.reads.add(here, 1) % NOW_AND_THEN == 0
     }
 
-    /// Counts a write.
+    /// Counts a write, as `read` does a read.
     #[inline]
-    pub fn write(&self, bytes: u64) {
+    pub fn write(&self, bytes: u64) -> bool {
         let here = here();
         let counters = self.0.at(here);
-        counters.writes.add(here, 1);
         counters.write_bytes.add(here, bytes);
+        counters.writes.add(here, 1) % NOW_AND_THEN == 0
     }
 
     /// The counters of all threads.
@@ -203,7 +210,8 @@ impl Disk {
         let (requests, inflated) = (Requests::default(), Inflated::default());
         let size = layers.first().map_or(0, Layer::size);
         let vm_state = OnceLock::new();
-        Disk { layers, options, requests, inflated, view: None, vm_state, size }
+        let cleaning = Cleaning::every(options.cache_clean_interval);
+        Disk { layers, options, requests, inflated, cleaning, view: None, vm_state, size }
     }
 
     /// The same chain as a disk that ends later, for what is to be done behind the end
@@ -290,6 +298,7 @@ impl Disk {
                 Err(missing) => missing,
             };
             let Some(Layer::Qcow2(image)) = self.layers.get(missing.layer) else { continue };
+            self.clean_if_due(engine);
             if !image.load(engine, missing.key).await? {
                 // No room in an unhealthy image's cache; it is the topmost one.
                 let run = image.find(engine, offset, max).await?;

@@ -80,7 +80,8 @@ async fn forget<E: Engine>(
     image.change(engine, table, guest, 1, |_, _| Some(Cluster::None { zero: 0 })).await
 }
 
-fn is_zero(cluster: &Cluster) -> bool {
+/// Whether an entry says that all of a cluster, or a part of it, is zero.
+pub(crate) fn is_zero(cluster: &Cluster) -> bool {
     match cluster {
         Cluster::None { zero } | Cluster::Standard { zero, .. } => *zero != 0,
         Cluster::Compressed(_) => false,

@@ -255,6 +255,13 @@ impl Image {
         self.enter(call)
     }
 
+    /// Calls `call` with the disk, unless somebody has closed the doors.
+    pub(crate) fn inside_now(&self, call: impl FnOnce(&Disk)) {
+        if let Ok(door) = self.doors.at(here()).try_read() {
+            door.as_deref().map(call);
+        }
+    }
+
     /// Has `work` change the disk while nobody else is inside, and goes on with what
     /// takes its place, if that is another; `None`: the image is closed. `Busy` as for
     /// close.

@@ -38,7 +38,9 @@ impl Disk {
         let _inside = self.inside();
         let place = self.place_to_read(offset, to.len() as u64)?;
         let result = self.storage(place)?.read_now(engine, to, place.at)?;
-        self.requests.read(to.len() as u64);
+        if self.requests.read(to.len() as u64) {
+            self.clean_if_due(engine);
+        }
         Some(result)
     }
 
@@ -55,7 +57,9 @@ impl Disk {
         let place = self.place_to_write(offset, len)?;
         let data = std::slice::from_ref(data);
         let result = self.storage(place)?.write_now(engine, data, place.at)?;
-        self.note_written(len);
+        if self.note_written(len) {
+            self.clean_if_due(engine);
+        }
         Some(result)
     }
 
@@ -116,12 +120,14 @@ impl Disk {
         Some(Place { layer: 0, at: host.get() })
     }
 
-    /// Notes that a range was written in place, before anybody is told.
+    /// Notes that a range was written in place, before anybody is told. Returns what
+    /// `Requests::write` does.
     #[inline]
-    pub fn note_written(&self, len: u64) {
-        self.requests.write(len);
+    pub fn note_written(&self, len: u64) -> bool {
+        let now_and_then = self.requests.write(len);
         if let Some(writing) = self.top().and_then(|image| image.writing.as_ref()) {
             writing.mark_unsynced();
         }
+        now_and_then
     }
 }

@@ -2,12 +2,13 @@
 
 pub(crate) mod attached;
 mod claims;
+mod cleaning;
 mod compress;
 mod cow;
 pub(crate) mod data_file;
 mod discard;
 pub(crate) mod disk;
-mod expand;
+pub(crate) mod expand;
 pub(crate) mod feature_bits;
 mod gate;
 pub mod handle;

@@ -31,6 +31,11 @@ const REFCOUNT_CACHE_BYTES: u64 = 256 << 10;
 pub(crate) struct Budget(pub u64);
 
 impl Budget {
+    /// `Limit` where so much could not be taken.
+    pub fn check(&self, bytes: u64, what: &str, name: &str) -> Result<()> {
+        Budget(self.0).take(bytes, what, name)
+    }
+
     pub fn take(&mut self, bytes: u64, what: &str, name: &str) -> Result<()> {
         mutant!(MemoryNotReckoned => return Ok(()));
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
@@ -208,7 +213,11 @@ fn add_data_file(
     depth: u32,
     seen: &mut Vec<(u64, u64)>,
 ) -> Result<()> {
-    let Layer::Qcow2(image) = layer else { return Ok(()) };
+    let image = match layer {
+        Layer::Qcow2(image) => image,
+        Layer::Raw(_) if options.data_file.is_none() => return Ok(()),
+        Layer::Raw(_) => return Err(Error::invalid("a raw image has no external data file")),
+    };
     let file = open_data_file(&image.storage, &image.header, options, depth, seen)?;
     own(image)?.data_file = file;
     Ok(())
@@ -254,6 +263,7 @@ fn below(options: &OpenOptions, format: Format) -> OpenOptions {
         // What only images that are written heed, and not every version has.
         lazy_refcounts: None,
         discard_no_unref: false,
+        data_file: None,
         ..options.clone()
     }
 }

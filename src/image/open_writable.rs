@@ -11,6 +11,7 @@ use super::qcow2::{L1Table, Qcow2, Writing};
 use crate::alloc::allocator::Allocator;
 use crate::alloc::health::Health;
 use crate::alloc::overlap::{Metadata, OverlapIndex};
+use crate::alloc::overlap_check::OverlapCheck;
 use crate::alloc::refcounts::{Refcounts, Table};
 use crate::check::repair;
 use crate::error::{Error, ErrorKind, Result};
@@ -84,7 +85,8 @@ async fn open_for_writing<E: Engine>(
     let offset = header.reftable_offset;
     let entries = read_table(engine, storage, offset, reftable_bytes(header) as usize / 8).await?;
     let table = Table { entries, offset };
-    let overlap = Arc::new(index_metadata(engine, image, &table, budget).await?);
+    let overlap =
+        Arc::new(index_metadata(engine, image, &table, options.overlap_check, budget).await?);
     let health = Arc::new(Health::default());
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts =
@@ -112,6 +114,7 @@ async fn index_metadata<E: Engine>(
     engine: &E,
     image: &Qcow2,
     table: &Table,
+    check: OverlapCheck,
     budget: &mut Budget,
 ) -> Result<OverlapIndex> {
     let Qcow2 { storage, header, l1, .. } = image;
@@ -121,7 +124,7 @@ async fn index_metadata<E: Engine>(
     let blocks = fallible::collect(table.entries.len(), offsets.filter(|offset| *offset != 0))?;
     let room = image.l1.len() + blocks.len();
     budget.take(OverlapIndex::bytes_for(room as u64), "the index of tables", storage.name())?;
-    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len())?;
+    let index = OverlapIndex::new(header.geometry.cluster_bits, tables + blocks.len(), check)?;
     index.add(header.l1_offset, u64::from(header.l1_size) * 8, Metadata::L1);
     index.add(table.offset, table.entries.len() as u64 * 8, Metadata::RefcountTable);
     for entry in l1.iter().filter(|entry| entry & OFFSET_MASK != 0) {
@@ -142,20 +145,23 @@ async fn index_metadata<E: Engine>(
     if let Some(bitmaps) = &header.extensions.bitmaps {
         index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
     }
-    index_snapshots(engine, image, &index, budget)
+    index_snapshots(engine, image, &index, check, budget)
         .await
         .map_err(|error| error.context(storage.name().to_owned()))?;
     Ok(index)
 }
 
-/// The snapshot table, and the L1 tables that it names.
+/// The snapshot table, and the L1 tables that it names; and, where writes are checked
+/// against them, the L2 tables that those name.
 async fn index_snapshots<E: Engine>(
     engine: &E,
     image: &Qcow2,
     index: &OverlapIndex,
+    check: OverlapCheck,
     budget: &mut Budget,
 ) -> Result<()> {
     let Qcow2 { storage, header, .. } = image;
+    let mut tables = Vec::new();
     let bytes = read_snapshots(engine, storage, header, |snapshot| {
         snapshot.check_l1_limits()?;
         let bytes = u64::from(snapshot.l1_size) * 8;
@@ -163,9 +169,22 @@ async fn index_snapshots<E: Engine>(
         let room = OverlapIndex::bytes_for(clusters);
         budget.take(room, "the index of the snapshots' L1 tables", storage.name())?;
         index.add(snapshot.l1_offset, bytes, Metadata::InactiveL1);
+        if check.needs_inactive_l2() {
+            tables.push((snapshot.l1_offset, snapshot.l1_size as usize));
+        }
         Ok(())
     });
     index.add(header.snapshots_offset, bytes.await?, Metadata::SnapshotTable);
+    for (offset, entries) in tables {
+        // It is in memory while it is looked through.
+        budget.check(entries as u64 * 8, "the L1 table of a snapshot", storage.name())?;
+        for entry in read_table(engine, storage, offset, entries).await? {
+            let table = entry & OFFSET_MASK;
+            if table != 0 && index.add_new(table, Metadata::InactiveL2) {
+                budget.take(OverlapIndex::bytes_for(1), "the index of tables", storage.name())?;
+            }
+        }
+    }
     Ok(())
 }
 

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use super::cleaning::DEFAULT_INTERVAL;
+use crate::alloc::overlap_check::OverlapCheck;
 use crate::error::Result;
 use crate::io::storage::Source;
 
@@ -140,6 +142,9 @@ pub struct OpenOptions {
     pub l2_cache_entry_size: Option<u64>,
     /// Bytes of refcount blocks; `None`: 256 KiB.
     pub refcount_cache_size: Option<u64>,
+    /// Seconds after which the memory of what the caches hold, and nobody has used since,
+    /// is given back to the system; 0: never. See [`Image::trim`](crate::Image::trim).
+    pub cache_clean_interval: u32,
     /// A chain with more images below this one is refused.
     pub max_chain_depth: u32,
     /// Bytes of metadata in memory, for the whole chain.
@@ -151,6 +156,11 @@ pub struct OpenOptions {
     pub lazy_refcounts: Option<bool>,
     /// Whether a dirty image may be repaired at a read-write open.
     pub repair_dirty: bool,
+    /// Which metadata writes are checked against; by default all that is in memory.
+    pub overlap_check: OverlapCheck,
+    /// The external data file of the image, whatever name it stores; the policy is not
+    /// asked. For images that have one only.
+    pub data_file: Option<Arc<Source>>,
     /// What to do with files that the image names.
     pub policy: Policy,
 }
@@ -176,11 +186,14 @@ impl Default for OpenOptions {
             l2_cache_size: None,
             l2_cache_entry_size: None,
             refcount_cache_size: None,
+            cache_clean_interval: DEFAULT_INTERVAL,
             max_chain_depth: 200,
             max_metadata_size: 1 << 30,
             max_virtual_size: u64::MAX,
             lazy_refcounts: None,
             repair_dirty: true,
+            overlap_check: OverlapCheck::default(),
+            data_file: None,
             policy: Policy::Deny,
         }
     }

@@ -107,6 +107,7 @@ impl Drop for Pass<'_> {
 impl Disk {
     /// Makes durable everything that completed before this call.
     pub async fn flush<E: Engine>(&self, engine: &E) -> Result<()> {
+        self.clean_if_due(engine);
         match self.layers.first() {
             Some(Layer::Qcow2(image)) if image.writing.is_some() => {
                 match image.flush(engine).await {

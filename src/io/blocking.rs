@@ -1,6 +1,7 @@
 //! The engine that blocks: every operation is complete at the first poll.
 
 use std::fmt;
+use std::time::Instant;
 
 use super::engine::{Engine, Piece, Target, ZeroMode};
 use super::storage::{Backend, Storage};
@@ -12,6 +13,10 @@ use crate::sys::file::SysResult;
 pub struct Blocking;
 
 impl Engine for Blocking {
+    fn now(&self) -> Option<Instant> {
+        Some(Instant::now())
+    }
+
     #[inline]
     async fn read<'a>(&'a self, storage: &'a Storage, to: Target<'a>, offset: u64) -> Result<()> {
         read(storage, &to, offset)

@@ -9,6 +9,8 @@
 use std::future::Future;
 
 use super::storage::Storage;
+use std::time::Instant;
+
 use crate::error::Result;
 use crate::sys::memory::{BlockSlice, GuestMut, GuestRef};
 
@@ -97,6 +99,11 @@ pub trait Engine: Send + Sync {
         length: u64,
         mode: ZeroMode,
     ) -> impl Future<Output = Result<()>> + Send + 'a;
+
+    /// The time, for what is done now and then; `None` where a run is to be repeatable.
+    fn now(&self) -> Option<Instant> {
+        None
+    }
 
     /// Sets the length of the storage.
     fn truncate<'a>(

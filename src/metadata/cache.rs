@@ -8,16 +8,19 @@
 //!
 //! The cache does no I/O and knows no order: who loads brings the bytes, who
 //! writes back asks for copies of what is dirty. A dirty slice is never evicted.
+//!
+//! Memory is taken when a slot is first used, and given back to the system when somebody
+//! has the cache trimmed and nobody has used the slot since the time before.
 
+use std::ops::Range;
 use std::sync::PoisonError;
 
-use once_cell::sync::OnceCell;
-
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fallible;
 use crate::geometry::HostOffset;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crate::sync::{Mutex, MutexGuard, hint};
+use crate::sys::pages::Pages;
 
 const MAX_WAYS: usize = 8;
 
@@ -27,6 +30,8 @@ pub struct SliceCache {
     ways: usize,
     set_bits: u32,
     slots: Box<[Slot]>,
+    /// The words of all slots, one slot after the other.
+    pages: Pages,
     sets: Box<[Mutex<Set>]>,
     /// Slots that became dirty since the last `take_dirty`, oldest first.
     dirty: Mutex<Vec<usize>>,
@@ -39,9 +44,8 @@ struct Slot {
     sequence: AtomicU64,
     /// Host offset of the slice; 0: empty.
     key: AtomicU64,
-    /// Set by hits, cleared by the search for a victim.
+    /// Set by hits, cleared by the search for a victim, and by `trim`.
     used: AtomicBool,
-    words: OnceCell<Box<[AtomicU64]>>,
 }
 
 struct Set {
@@ -56,6 +60,8 @@ struct Set {
 struct SlotState {
     dirty: bool,
     writing: bool,
+    /// Its memory is taken.
+    resident: bool,
 }
 
 /// Remembers when a load began.
@@ -167,7 +173,6 @@ impl SliceCache {
             sequence: AtomicU64::new(0),
             key: AtomicU64::new(0),
             used: AtomicBool::new(false),
-            words: OnceCell::new(),
         };
         let set = || {
             let state = vec![SlotState::default(); ways].into_boxed_slice();
@@ -178,6 +183,7 @@ impl SliceCache {
             ways,
             set_bits,
             slots: fallible::collect(sets * ways, std::iter::repeat_with(slot))?.into(),
+            pages: Pages::new((sets * ways).saturating_mul(slice_bytes / 8))?,
             sets: fallible::collect(sets, std::iter::repeat_with(set))?.into(),
             dirty: Mutex::new(Vec::new()),
             evictions: AtomicU64::new(0),
@@ -201,6 +207,13 @@ impl SliceCache {
             + (self.slots.len() * size_of::<Slot>() + self.sets.len() * size_of::<Set>()) as u64
     }
 
+    /// The words of a slot.
+    #[inline]
+    fn words(&self, slot: usize) -> &[AtomicU64] {
+        let bits = self.slice_bits - 3;
+        &self.pages.words()[slot << bits..(slot + 1) << bits]
+    }
+
     #[inline]
     fn set_of(&self, key: HostOffset) -> usize {
         let number = key.get() >> self.slice_bits;
@@ -222,9 +235,10 @@ impl SliceCache {
     #[inline]
     pub fn read<R>(&self, key: HostOffset, look: impl Fn(&[AtomicU64]) -> R) -> Option<R> {
         let set = self.set_of(key);
-        let slots = &self.slots[set * self.ways..(set + 1) * self.ways];
+        let first = set * self.ways;
+        let slots = &self.slots[first..first + self.ways];
         'again: loop {
-            for slot in slots {
+            for (way, slot) in slots.iter().enumerate() {
                 if slot.key.load(Ordering::Relaxed) != key.get() {
                     continue;
                 }
@@ -233,9 +247,8 @@ impl SliceCache {
                     hint::spin_loop();
                     continue 'again;
                 }
-                let Some(words) = slot.words.get() else { continue };
                 let same_key = slot.key.load(Ordering::Relaxed) == key.get();
-                let result = look(words);
+                let result = look(self.words(first + way));
                 fence(Ordering::Acquire);
                 if slot.sequence.load(Ordering::Relaxed) != before {
                     continue 'again;
@@ -264,8 +277,7 @@ impl SliceCache {
         let way = self.find(set_index, key)?;
         let index = set_index * self.ways + way;
         let slot = &self.slots[index];
-        let words = slot.words.get()?;
-        let mut slice = SliceMut { words, changed: false };
+        let mut slice = SliceMut { words: self.words(index), changed: false };
         let result = {
             let _changing = Changing::begin(&slot.sequence);
             change(&mut slice)
@@ -304,13 +316,11 @@ impl SliceCache {
         let Some(way) = self.victim(set_index, &mut set) else {
             return Ok(Loaded::Full);
         };
-        let slot = &self.slots[set_index * self.ways + way];
-        let words = slot.words.get_or_try_init(|| {
-            let zeroes = std::iter::repeat_with(|| AtomicU64::new(0));
-            let words = fallible::collect(self.slice_bytes() / 8, zeroes)?;
+        let index = set_index * self.ways + way;
+        let (slot, words) = (&self.slots[index], self.words(index));
+        if !std::mem::replace(&mut set.state[way].resident, true) {
             self.bytes.fetch_add(self.slice_bytes() as u64, Ordering::Relaxed);
-            Ok::<_, Error>(words.into_boxed_slice())
-        })?;
+        }
         let _changing = Changing::begin(&slot.sequence);
         if slot.key.swap(key.get(), Ordering::Relaxed) != 0 {
             self.evictions.fetch_add(1, Ordering::Relaxed);
@@ -338,7 +348,7 @@ impl SliceCache {
             set.hand = (set.hand + 1) % self.ways;
             let state = set.state[way];
             mutant!(DirtySliceEvicted => {
-                set.state[way] = SlotState::default();
+                set.state[way] = SlotState { resident: true, ..SlotState::default() };
                 return Some(way);
             });
             if !state.dirty && !state.writing && !slots[way].used.swap(false, Ordering::Relaxed) {
@@ -375,11 +385,9 @@ impl SliceCache {
         let slot = &self.slots[index];
         let state = &mut set.state[way];
         let key = HostOffset::new(slot.key.load(Ordering::Relaxed));
-        let (true, Some(key), Some(words)) = (state.dirty, key, slot.words.get()) else {
-            return Ok(None);
-        };
+        let (true, Some(key)) = (state.dirty, key) else { return Ok(None) };
         let mut bytes = fallible::room_for(self.slice_bytes())?;
-        for word in words {
+        for word in self.words(index) {
             bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
         }
         state.dirty = false;
@@ -410,6 +418,56 @@ impl SliceCache {
             state.dirty = true;
             self.dirty_list().push(copy.slot);
         }
+    }
+
+    /// Gives up the clean slices that nobody has used since the last time (or since a
+    /// search for room), and the memory of all slots that hold nothing. Returns how many
+    /// bytes the system got back.
+    pub fn trim(&self) -> u64 {
+        (0..self.sets.len()).map(|set| self.trim_set(set)).sum()
+    }
+
+    fn trim_set(&self, set_index: usize) -> u64 {
+        let mut set = self.lock(set_index);
+        let first = set_index * self.ways;
+        let slots = &self.slots[first..first + self.ways];
+        for (slot, state) in slots.iter().zip(&set.state) {
+            let busy = state.dirty || state.writing || slot.key.load(Ordering::Relaxed) == 0;
+            if !busy && !slot.used.swap(false, Ordering::Relaxed) {
+                let _changing = Changing::begin(&slot.sequence);
+                slot.key.store(0, Ordering::Relaxed);
+            }
+        }
+        // Whoever still looks at one of them finds that it has changed. The lock keeps
+        // others from being loaded there meanwhile.
+        let mut given = 0;
+        let mut way = 0;
+        while way < self.ways {
+            let empty = |way: &usize| slots[*way].key.load(Ordering::Relaxed) == 0;
+            let end = (way..self.ways).take_while(empty).last().map_or(way, |last| last + 1);
+            if set.state[way..end].iter().any(|state| state.resident) {
+                given += self.give_back(first, way..end, &mut set.state);
+            }
+            way = end.max(way + 1);
+        }
+        given
+    }
+
+    /// Gives back the memory of slots of a set that hold nothing; where they are smaller
+    /// than a page, as far as they fill some.
+    fn give_back(&self, first: usize, ways: Range<usize>, state: &mut [SlotState]) -> u64 {
+        let bits = self.slice_bits - 3;
+        let given = self.pages.give_back((first + ways.start) << bits..(first + ways.end) << bits);
+        let mut bytes = 0;
+        for way in ways {
+            let words = (first + way) << bits..(first + way + 1) << bits;
+            let gone = given.start <= words.start && words.end <= given.end;
+            if gone && std::mem::take(&mut state[way].resident) {
+                bytes += self.slice_bytes() as u64;
+            }
+        }
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        bytes
     }
 
     /// Forgets the slices of a host range: what was there is gone, or something
@@ -484,6 +542,70 @@ mod tests {
         cache.forget(key(1), 4096);
         assert_eq!(cache.finish_load(key(1), late, &[0; 4096]).unwrap(), Loaded::Stale);
         assert_eq!(load(&cache, 1), Loaded::Done);
+    }
+
+    #[test]
+    fn trimming_takes_what_is_clean_and_was_not_used() {
+        let cache = SliceCache::new(4096, 64 * 4096).unwrap();
+        let empty = cache.bytes();
+        (1..=20).for_each(|n| assert_eq!(load(&cache, n), Loaded::Done));
+        cache.update(key(1), |slice| slice.set(0, 99)).unwrap();
+        cache.update(key(2), |slice| slice.set(0, 98)).unwrap();
+        let copies = cache.take_dirty().unwrap();
+        cache.update(key(1), |slice| slice.set(0, 97)).unwrap();
+        assert_eq!(cache.bytes(), empty + 20 * 4096);
+        assert_eq!(cache.trim(), 0, "all have been used just now");
+        assert_eq!(first(&cache, 7), Some(7));
+        assert_eq!(cache.trim(), 17 * 4096);
+        assert_eq!(cache.bytes(), empty + 3 * 4096);
+        let found: Vec<u64> = (1..=20).filter(|n| first(&cache, *n).is_some()).collect();
+        assert_eq!(found, [1, 2, 7], "dirty, being written, used");
+        drop(copies);
+        (1..=20).for_each(|n| assert_eq!(load(&cache, n), Loaded::Done));
+        (3..=20).for_each(|n| assert_eq!(first(&cache, n), Some(n)));
+        cache.take_dirty().unwrap();
+        cache.forget(key(1), 20 * 4096);
+        assert_eq!(cache.trim(), 20 * 4096, "what is forgotten holds no memory");
+        assert_eq!(cache.bytes(), empty);
+    }
+
+    #[test]
+    fn slices_smaller_than_a_page_go_page_by_page() {
+        let key = |n: u64| HostOffset::new(n * 512).unwrap();
+        let cache = SliceCache::new(512, 256 * 512).unwrap();
+        let empty = cache.bytes();
+        let load = |n: u64| {
+            let ticket = cache.begin_load(key(n));
+            cache.finish_load(key(n), ticket, &[n as u8; 512]).unwrap()
+        };
+        (1..=1000).for_each(|n| assert_eq!(load(n), Loaded::Done));
+        assert_eq!(cache.bytes(), empty + 256 * 512);
+        cache.trim();
+        let given = cache.trim();
+        assert!(given > 0 && given <= 256 * 512);
+        assert_eq!(cache.bytes(), empty + 256 * 512 - given);
+        (1..=100).for_each(|n| assert_eq!(load(n), Loaded::Done));
+    }
+
+    #[test]
+    fn nobody_sees_what_is_given_back() {
+        let cache = SliceCache::new(4096, 2 * 4096).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    load(&cache, 1);
+                    for _ in 0..10 {
+                        assert!(matches!(first(&cache, 1), None | Some(1)));
+                    }
+                }
+            });
+            (0..2000).for_each(|_| _ = cache.trim());
+            done.store(true, Ordering::Relaxed);
+        });
+        cache.trim();
+        cache.trim();
+        assert_eq!(first(&cache, 1), None);
     }
 
     #[test]

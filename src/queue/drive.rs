@@ -239,7 +239,16 @@ impl<E: QueueEngine> Inner<E> {
     pub(super) fn reap(&self, max: usize, out: impl FnMut(Completion)) -> Result<usize> {
         let mut slots = self.call();
         self.drive(&mut slots, true)?;
+        self.clean_now_and_then(&mut slots);
         Ok(self.hand_out(&mut slots, max, out))
+    }
+
+    /// Has the caches cleaned, if it is time, once in many calls.
+    fn clean_now_and_then(&self, slots: &mut Slots<E>) {
+        slots.calls = slots.calls.wrapping_add(1);
+        if slots.calls == 0 {
+            self.image.clean_if_due(&*self.engine);
+        }
     }
 
     pub(super) fn wait(
@@ -251,6 +260,7 @@ impl<E: QueueEngine> Inner<E> {
     ) -> Result<usize> {
         let mut slots = self.call();
         block_on(self.wait_for(&mut slots, min, timeout))?;
+        self.clean_now_and_then(&mut slots);
         Ok(self.hand_out(&mut slots, max, out))
     }
 
@@ -278,7 +288,10 @@ impl<E: QueueEngine> Inner<E> {
             if left.is_some_and(|left| left.is_zero()) {
                 break;
             }
-            match self.block(slots, left).await {
+            let woken = self.block(slots, left).await;
+            // Whoever has slept has time.
+            slots.calls = u8::MAX;
+            match woken {
                 Ok(()) => {}
                 Err(libc::EINTR) if slots.completed() > 0 => break,
                 Err(libc::EINTR) => {

@@ -46,6 +46,8 @@ pub struct Slots<E: QueueEngine> {
     /// Flights that are over: kept to use its memory again.
     landed: Vec<Landed>,
     depth: usize,
+    /// Calls that handed out completions, in a circle: one of them looks at the clock.
+    pub calls: u8,
     /// Operations are left that the kernel did not take: it is to be asked again.
     pub unsubmitted: bool,
 }
@@ -74,6 +76,7 @@ impl<E: QueueEngine> Slots<E> {
             completed: VecDeque::new(),
             landed: Vec::new(),
             depth,
+            calls: 0,
             unsubmitted: false,
         }
     }

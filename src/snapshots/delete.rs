@@ -87,7 +87,7 @@ async fn delete<E: Engine>(
 }
 
 /// Writes the active L1 table, in which nothing but flags has changed.
-async fn write_l1<E: Engine>(operation: &Operation<'_, E>, l1: &[u64]) -> Result<()> {
+pub(super) async fn write_l1<E: Engine>(operation: &Operation<'_, E>, l1: &[u64]) -> Result<()> {
     let bytes = l1_bytes(l1)?;
     let offset = operation.image.l1.offset();
     let overlap = &operation.writing.allocator.overlap;

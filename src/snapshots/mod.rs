@@ -2,12 +2,13 @@
 //! and opening one beside the image.
 //!
 //! `operation` knows the order on disk that all changes share; `create`, `delete` and
-//! `apply` each know what is to change; `tables` walks L1 and L2 tables, `list` knows
+//! `apply` (and `expand`, for amending) each know what is to change; `tables` walks L1 and L2 tables, `list` knows
 //! names and IDs. Not known here: how refcounts are stored, who is inside an image.
 
 mod apply;
 mod create;
 pub(crate) mod delete;
+mod expand;
 pub(crate) mod list;
 mod open;
 pub(crate) mod operation;

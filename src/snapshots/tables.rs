@@ -4,12 +4,12 @@
 //! It knows nothing of the order on disk.
 
 use crate::alloc::changes::{Changes, Lowered};
-use crate::alloc::overlap::Metadata;
 use crate::error::{Error, Result};
 use crate::fallible;
 use crate::format::l2::{COPIED, Cluster, L2Entry};
 use crate::format::limits::OFFSET_MASK;
 use crate::geometry::HostOffset;
+use crate::image::expand::is_zero;
 use crate::image::qcow2::Qcow2;
 use crate::io::engine::{Engine, Piece};
 use crate::metadata::tables::{read, words_of};
@@ -65,7 +65,7 @@ pub async fn count<E: Engine>(
         for (table, bytes) in group.iter().zip(bytes.chunks_exact(size as usize)) {
             changes.add(table.0 >> geometry.cluster_bits, table.1)?;
             // Its flags may be about to change.
-            overlap.check_table(table.0, size, Metadata::L2)?;
+            overlap.check_shared_tables(table.0, size)?;
             if count_entries(image, *table, bytes, changes)? {
                 flagged.push(*table);
             }
@@ -99,7 +99,10 @@ pub fn count_entries(
             }
             Cluster::Standard { host, copied, .. } => {
                 flagged |= copied;
-                changes.add(geometry.host_cluster(host).0, times).map_err(in_table)?;
+                // Nothing of a data file is counted.
+                if !image.format.data_file {
+                    changes.add(geometry.host_cluster(host).0, times).map_err(in_table)?;
+                }
             }
             Cluster::None { .. } => {}
         }
@@ -113,18 +116,16 @@ pub async fn has_zeroes<E: Engine>(engine: &E, image: &Qcow2, l1: &[u64]) -> Res
     for (table, _) in named(image, l1)? {
         let bytes = read(engine, &image.storage, table, size as usize).await?;
         for entry in entries(image, &bytes) {
-            match image.format.decode(entry)? {
-                Cluster::None { zero } | Cluster::Standard { zero, .. } if zero != 0 => {
-                    return Ok(true);
-                }
-                _ => {}
+            if is_zero(&image.format.decode(entry)?) {
+                return Ok(true);
             }
         }
     }
     Ok(false)
 }
 
-fn entries<'a>(image: &Qcow2, bytes: &'a [u8]) -> impl Iterator<Item = L2Entry> + use<'a> {
+/// The entries of an L2 table.
+pub fn entries<'a>(image: &Qcow2, bytes: &'a [u8]) -> impl Iterator<Item = L2Entry> + use<'a> {
     bytes.chunks_exact(image.format.words() * 8).map(|entry| {
         let mut words = words_of(entry);
         L2Entry { descriptor: words.next().unwrap_or(0), bitmap: words.next().unwrap_or(0) }
@@ -193,7 +194,7 @@ async fn rewrite<E: Engine>(
             *first = new.to_be_bytes();
         }
         if changed {
-            overlap.check_table(*offset, length as u64, Metadata::L2)?;
+            overlap.check_shared_tables(*offset, length as u64)?;
             let block = Block::from_bytes(&bytes)?;
             let piece = [Piece::Block(block.slice(0, length))];
             image.storage.write(engine, &piece, *offset).await?;

@@ -7,4 +7,5 @@ pub mod event;
 pub mod file;
 pub mod lock;
 pub mod memory;
+pub mod pages;
 pub mod uring;

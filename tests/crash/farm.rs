@@ -43,6 +43,7 @@ fn configs() -> Vec<(&'static str, Config)> {
     family("discards keep", &|config| config.discard_keeps = config.kind.version > 2);
     family("queues", &|config| config.queues = true);
     family("queues, faults", &|config| (config.queues, config.faults) = (true, true));
+    all.extend(random::changing().into_iter().map(|config| ("changed as a whole", config)));
     let crowded = Kind { refcount_bits: 64, crowded: true, ..SMALL };
     for (faults, give_up) in [(false, false), (true, false), (false, true)] {
         all.push(("tables grow", Config { faults, give_up, ..Config::new(crowded) }));

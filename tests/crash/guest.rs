@@ -57,7 +57,7 @@ impl Guest<'_> {
     pub fn range(&mut self) -> Range<u64> {
         let kind = self.life.config().kind;
         let rng = &mut self.rng;
-        let sectors = kind.size / SECTOR;
+        let sectors = self.life.oracle.borrow().size() / SECTOR;
         let per_cluster = kind.cluster / SECTOR;
         let per_subcluster = (per_cluster / kind.subclusters()).max(1);
         let per_table = kind.cluster / kind.l2_entry() * per_cluster;
@@ -152,7 +152,7 @@ impl Guest<'_> {
     /// does not replace it.
     async fn compress(&mut self) -> Result<(), String> {
         let per_cluster = self.life.config().kind.cluster / SECTOR;
-        let all = self.life.config().kind.size / SECTOR;
+        let all = self.life.oracle.borrow().size() / SECTOR;
         let range = self.range();
         let start = range.start / per_cluster * per_cluster;
         let sectors = start..range.end.next_multiple_of(per_cluster).min(all);

@@ -42,7 +42,7 @@ pub struct Life<'a> {
     /// Whether the image is being opened.
     opening: Cell<bool>,
     /// Clusters that were to be changed, counted as often as it was asked for.
-    changed: Cell<u64>,
+    pub changed: Cell<u64>,
     pub rng: RefCell<Rng>,
     /// For the images that are only looked at: how many there are changes nothing
     /// else.
@@ -60,6 +60,14 @@ impl Scenario {
         depth: u32,
         rng: &mut Rng,
     ) -> Verdict {
+        // Of the states that a change may have left one is there; what a process that was
+        // killed has done is not durable before the image has been opened.
+        let oracle = match (inspect::known_state(&disk, &oracle, self.config.mode), after) {
+            (Ok(oracle), _) if self.config.medium.is_hostile() => oracle,
+            (Ok(now), Some(Crash::Process)) => now.or_even(&oracle),
+            (Ok(oracle), _) => oracle,
+            (Err(what), _) => return Err(Failure::on(&disk, what)),
+        };
         let interval = *rng.pick(&[20, 100, 500]);
         let crashes = match depth {
             _ if self.config.medium.is_hostile() => 0,
@@ -137,6 +145,16 @@ impl Life<'_> {
         self.rng.borrow_mut().chance(1, of)
     }
 
+    /// How often the image is to be changed as a whole: in later lives rarely, for there are
+    /// many of them.
+    fn draw_changes(&self) -> u64 {
+        match self.depth {
+            _ if !self.config().changes => 0,
+            GENERATIONS => 1 + self.rng.borrow_mut().below(2),
+            _ => u64::from(self.draw(6)),
+        }
+    }
+
     /// Looks at the image file itself; the leaks in it.
     fn check(&self, when: &str) -> Result<Vec<u64>, Trouble> {
         let report = inspect::structure(&self.disk, self.config());
@@ -184,6 +202,14 @@ impl Life<'_> {
         }
         if !self.use_image(&image)? {
             return Ok(());
+        }
+        let mut image = image;
+        for _ in 0..self.draw_changes() {
+            let Some(changed) = self.change_whole(image)? else { return Ok(()) };
+            image = changed;
+            if !self.use_image(&image)? {
+                return Ok(());
+            }
         }
         self.part(image, leaks, length)
     }

@@ -24,3 +24,4 @@ mod schedules;
 mod snapshot;
 #[path = "../support/mod.rs"]
 mod support;
+mod whole;

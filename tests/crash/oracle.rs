@@ -135,7 +135,14 @@ pub struct Oracle {
     clock: u64,
     next_tag: u32,
     reads: Cell<u32>,
+    /// Internal snapshots that were taken since, by name, and what they show.
+    snapshots: Rc<Snapshots>,
+    /// What all of it is to become by a change that is under way.
+    becoming: Option<Rc<Oracle>>,
 }
+
+/// Names of snapshots, and what the sectors of their disks hold.
+pub type Snapshots = Vec<(Vec<u8>, Rc<Vec<Word>>)>;
 
 /// What happened to a sector last, durably, of which no more is known than that.
 fn settled(value: Word) -> Event {
@@ -156,13 +163,62 @@ impl Oracle {
         let settled: Vec<Word> = words.into_iter().collect();
         let opened = Rc::new(settled.clone());
         let open = BTreeMap::new();
-        Oracle { settled, open, opened, clock: 1, next_tag: 1, reads: Cell::new(0) }
+        let (clock, next_tag, reads) = (1, 1, Cell::new(0));
+        let (snapshots, becoming) = Default::default();
+        Oracle { settled, open, opened, clock, next_tag, reads, snapshots, becoming }
+    }
+
+    /// The snapshots.
+    pub fn snapshots(&self) -> &Snapshots {
+        &self.snapshots
+    }
+
+    /// The same disk with these.
+    pub fn with_snapshots(self, snapshots: Snapshots) -> Oracle {
+        Oracle { snapshots: Rc::new(snapshots), ..self }
+    }
+
+    /// What the sectors hold, of a disk of which all is known.
+    pub fn words(&self) -> &[Word] {
+        assert!(self.open.is_empty(), "not all is known");
+        &self.settled
+    }
+
+    /// The same disk while a change of all of it is under way.
+    pub fn becoming(self, after: Oracle) -> Oracle {
+        Oracle { becoming: Some(Rc::new(after)), ..self }
+    }
+
+    /// The disk when that is through.
+    pub fn after_change(&self, done: bool) -> Oracle {
+        match (&self.becoming, done) {
+            (Some(after), true) => (**after).clone(),
+            _ => Oracle { becoming: None, ..self.clone() },
+        }
+    }
+
+    /// This state, which is what is seen, while a loss of power may bring back another
+    /// of those that `all` knows.
+    pub fn or_even(self, all: &Oracle) -> Oracle {
+        let same = |state: &Oracle| {
+            (state.size(), &state.snapshots) == (self.size(), &self.snapshots)
+                && state.settled == self.settled
+        };
+        let other = all.states().find(|state| !same(state));
+        let other = other.map(|state| Oracle { becoming: None, ..state.clone() });
+        Oracle { becoming: other.map(Rc::new), ..self }
+    }
+
+    /// The states that it may be in: one, but for what may become of it.
+    pub fn states(&self) -> impl Iterator<Item = &Oracle> {
+        std::iter::once(self).chain(self.becoming.as_deref())
     }
 
     /// The disk after a crash that was found to hold these words. Tags go on, so
     /// that nothing old can pass for something new.
     pub fn recovered(&self, words: Vec<Word>) -> Oracle {
-        Oracle { next_tag: self.next_tag, ..Oracle::new(words) }
+        let snapshots = self.snapshots.clone();
+        Oracle { next_tag: self.next_tag, snapshots, ..Oracle::new(words) }
     }
 
     /// The disk after the process was killed, found to hold these words. What no

@@ -21,7 +21,7 @@ type Family = (&'static str, fn() -> Vec<Config>);
 
 /// By the last digit of their seeds.
 const FAMILIES: [Family; 10] = [
-    ("random_requests_survive_crashes", configs),
+    ("random_requests_survive_crashes", plain),
     ("random_requests_survive_crashes_in_direct_mode", direct),
     ("random_requests_survive_faults", faulty),
     ("random_requests_survive_those_given_up", hasty),
@@ -103,6 +103,19 @@ pub fn configs() -> Vec<Config> {
     kinds().into_iter().map(config).collect()
 }
 
+/// The same, and others that are changed as a whole in between: snapshots, sizes, widths
+/// of refcounts.
+fn plain() -> Vec<Config> {
+    let mut all = configs();
+    all.extend(changing().into_iter().step_by(2));
+    all
+}
+
+pub fn changing() -> Vec<Config> {
+    let all = configs().into_iter().filter(|config| !config.kind.autoclear);
+    all.map(|config| Config { changes: true, ..config }).collect()
+}
+
 fn direct() -> Vec<Config> {
     let direct =
         |alignment| move |config: Config| Config { alignment, punch: alignment == 512, ..config };
@@ -179,6 +192,21 @@ fn compressing() -> Vec<Config> {
 #[test]
 fn random_requests_survive_crashes() {
     run(0);
+}
+
+#[test]
+fn images_are_changed_as_a_whole_between_their_uses() {
+    let changes: u64 = (1..)
+        .zip(changing().into_iter().step_by(5))
+        .map(|(seed, config)| {
+            let scenario = Scenario::new(config, seed);
+            if let Err(failure) = scenario.run() {
+                panic!("{}", scenario.report(&failure));
+            }
+            scenario.tally.borrow().changes
+        })
+        .sum();
+    assert!(changes > 10, "{changes}");
 }
 
 #[test]

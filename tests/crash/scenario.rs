@@ -36,6 +36,8 @@ pub struct Config {
     pub queues: bool,
     /// Whether guests write compressed clusters, too.
     pub compress: bool,
+    /// Whether the image is changed as a whole, between its uses.
+    pub changes: bool,
     /// What a loss of power does.
     pub medium: Medium,
     /// After one in how many steps a crash image is drawn that is looked at, but
@@ -120,6 +122,8 @@ pub struct Tally {
     /// Images closed in good order.
     pub closed: u64,
     pub requests: u64,
+    /// Changes of an image as a whole.
+    pub changes: u64,
     /// Operations on simulated files, and the syncs among them.
     pub operations: u64,
     pub syncs: u64,
@@ -143,7 +147,7 @@ impl Tally {
     }
 
     /// Name and value of each number.
-    pub fn rows(&self) -> [(&'static str, u64); 17] {
+    pub fn rows(&self) -> [(&'static str, u64); 18] {
         [
             ("scenarios", self.scenarios),
             ("crash images", self.images()),
@@ -156,6 +160,7 @@ impl Tally {
             ("  crashed while being opened", self.while_opening),
             ("images closed", self.closed),
             ("guest requests", self.requests),
+            ("snapshots, sizes, widths changed", self.changes),
             ("operations on files", self.operations),
             ("  syncs", self.syncs),
             ("  made to fail", self.failures),
@@ -178,6 +183,7 @@ impl AddAssign for Tally {
         self.while_opening += other.while_opening;
         self.closed += other.closed;
         self.requests += other.requests;
+        self.changes += other.changes;
         self.operations += other.operations;
         self.syncs += other.syncs;
         self.failures += other.failures;
@@ -312,6 +318,7 @@ impl Config {
             give_up: false,
             queues: false,
             compress: false,
+            changes: false,
             medium: Medium::Seeded,
             every: 40,
             mode: Mode::from_environment(),

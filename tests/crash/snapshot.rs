@@ -26,7 +26,8 @@ pub fn check_snapshot(disk: &SimDisk) -> Result<(), String> {
     let base = base.as_deref().map(|base| base as &dyn ReadAt);
     let (tables, _) = header.read_snapshots(&*file);
     let l1 = tables.first().copied().ok_or("the snapshot is gone")?;
-    match read_guest(&*file, &Header { l1, ..header }, base) == kept.bytes() {
+    let (kept, length) = (kept.bytes(), kept.length());
+    match read_guest(&*file, &Header { l1, size: length, ..header }, base) == kept {
         true => Ok(()),
         false => Err("I9: the snapshot has changed".to_owned()),
     }

@@ -4,12 +4,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use qcow2rs::{
-    CreateOptions, Error, ErrorKind, Format, Image, OpenOptions, Policy, Reference, ReferenceKind,
-    Resolver, Result, Source,
+    AmendOptions, CreateOptions, Error, ErrorKind, Format, Image, OpenOptions, Policy, Reference,
+    ReferenceKind, Resolver, Result, Source,
 };
 
 use crate::support::operations::{Backing, Case};
-use crate::support::{Scratch, assert_content, open_rw, qemu, qemu_create, text};
+use crate::support::{
+    Scratch, assert_content, open_rw, qemu, qemu_create, qemu_img_check, qemu_ok, text,
+};
 use crate::{Data, create_options, data_of, open_with, we_make};
 
 const CASE: Case = Case {
@@ -250,4 +252,146 @@ fn layers_of_a_chain_have_data_files_of_their_own() {
     std::fs::remove_file(data_of(&base)).unwrap();
     let (kind, message) = kind(open_with(&top, Policy::Paths));
     assert_eq!(kind, ErrorKind::DataFile(libc::ENOENT), "{message}");
+}
+
+fn amend(path: &Path, list: &[(&str, &str)]) -> Result<()> {
+    let image = open_rw(path);
+    let mut options = AmendOptions::default();
+    list.iter().for_each(|(name, value)| options.set(name, value).unwrap());
+    let done = image.amend(&options, &mut |_, _| true);
+    image.close().unwrap();
+    done
+}
+
+fn qemu_facts(path: &Path) -> (serde_json::Value, serde_json::Value) {
+    let printed = qemu_ok("qemu-img", &["info", "-f", "qcow2", "--output=json", text(path)]);
+    let info: serde_json::Value = serde_json::from_str(&printed).unwrap();
+    let data = &info["format-specific"]["data"];
+    (data["data-file"].clone(), data["data-file-raw"].clone())
+}
+
+#[test]
+fn the_stored_name_can_be_changed_and_the_file_may_cease_to_be_raw() {
+    let scratch = Scratch::new();
+    let (path, moved) = (scratch.path("image"), scratch.path("another name for it"));
+    we_make(&path, &CASE, Data::Raw);
+    let image = open_rw(&path);
+    image.write_at(&[3; 4096], 65536, Default::default()).unwrap();
+    image.close().unwrap();
+    let before = std::fs::read(&path).unwrap();
+    for refused in
+        [[("data_file_raw", "on"), ("data_file", "a\0b")], [("data_file", "x"), ("compat", "0.10")]]
+    {
+        assert!(amend(&path, &refused).is_err(), "{refused:?}");
+        assert!(std::fs::read(&path).unwrap() == before, "{refused:?}");
+    }
+    // As it is, it may be named.
+    amend(&path, &[("data_file_raw", "on"), ("data_file", text(&data_of(&path)))]).unwrap();
+    assert!(std::fs::read(&path).unwrap() == before);
+
+    amend(&path, &[("data_file", text(&moved)), ("lazy_refcounts", "on")]).unwrap();
+    std::fs::rename(data_of(&path), &moved).unwrap();
+    assert_eq!(qemu_facts(&path), (text(&moved).into(), true.into()));
+    let mut model = vec![0; CASE.size as usize];
+    model[65536..65536 + 4096].fill(3);
+    assert_content(&open_with(&path, Policy::Paths).unwrap(), &model);
+    amend(&path, &[("data_file_raw", "off")]).unwrap();
+    assert_eq!(qemu_facts(&path), (text(&moved).into(), false.into()));
+    let again = amend(&path, &[("data_file_raw", "on")]).unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::InvalidArgument);
+    assert!(!qemu("qemu-img", &["amend", "-o", "data_file_raw=on", text(&path)]).status.success());
+    qemu_img_check(&path);
+    assert_content(&open_with(&path, Policy::Paths).unwrap(), &model);
+
+    // Without data file there is nothing to be named, in QEMU neither.
+    let plain = scratch.path("plain");
+    qemu_create(&plain, "", 1 << 20);
+    let none = amend(&plain, &[("data_file", "x")]).unwrap_err();
+    assert_eq!(none.kind(), ErrorKind::InvalidArgument);
+    assert!(!qemu("qemu-img", &["amend", "-o", "data_file=x", text(&plain)]).status.success());
+}
+
+#[test]
+fn the_caller_may_say_which_file_it_is() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    we_make(&path, &CASE, Data::Plain);
+    let image = open_rw(&path);
+    image.write_at(&[3; 4096], 0, Default::default()).unwrap();
+    // No name is stored any more; those who have it open do not mind.
+    let mut options = AmendOptions::default();
+    options.set("data_file", "").unwrap();
+    image.amend(&options, &mut |_, _| true).unwrap();
+    image.write_at(&[4; 4096], 65536, Default::default()).unwrap();
+    image.close().unwrap();
+    assert_eq!(qemu_facts_of(&path, &data_of(&path)), serde_json::Value::Null);
+    let (nameless, message) = kind(open_with(&path, Policy::Paths));
+    assert_eq!(nameless, ErrorKind::DataFile(libc::EINVAL));
+    assert!(message.contains("data-file.filename"), "{message}");
+
+    // Whatever the policy: it is not the image that names the file.
+    let mut named = OpenOptions::new();
+    named.set("data-file.filename", text(&data_of(&path))).unwrap();
+    let mut model = vec![0; CASE.size as usize];
+    model[..4096].fill(3);
+    model[65536..65536 + 4096].fill(4);
+    let image = Image::open(Source::path(&path), &named).unwrap();
+    assert_content(&image, &model);
+    image.reopen(true, true).unwrap();
+    image.write_at(&[5; 512], 0, Default::default()).unwrap();
+    model[..512].fill(5);
+    image.close().unwrap();
+    // A program that resolves names is asked for what has none.
+    let program = Arc::new(Program {
+        asked: Mutex::default(),
+        answer: Source::path(data_of(&path)),
+        format: None,
+    });
+    let resolved = open_with(&path, Policy::Resolve(program.clone())).unwrap();
+    assert_content(&resolved, &model);
+    assert_eq!(program.asked.lock().unwrap()[0].name, b"");
+    drop(resolved);
+
+    // Another file than the one that is stored; and images that have none.
+    amend_named(&path, &named, "nowhere");
+    assert_content(&Image::open(Source::path(&path), &named).unwrap(), &model);
+    let plain = scratch.path("plain");
+    qemu_create(&plain, "", 1 << 20);
+    assert_eq!(kind(Image::open(Source::path(&plain), &named)).0, ErrorKind::InvalidArgument);
+    let raw = named.clone().format(Format::Raw);
+    assert_eq!(kind(Image::open(Source::path(&plain), &raw)).0, ErrorKind::InvalidArgument);
+    let given = format!(
+        "driver=qcow2,file.filename={},data-file.driver=file,data-file.filename={}",
+        text(&plain),
+        text(&data_of(&path))
+    );
+    assert!(!qemu("qemu-io", &["-r", "--image-opts", &given, "-c", "read 0 512"]).status.success());
+    // It is of the image that is opened, not of those below.
+    let top = scratch.path("top");
+    let mut options = CreateOptions::default();
+    options.size = Some(CASE.size);
+    options.backing = Some((text(&path).into(), Format::Qcow2));
+    qcow2rs::create_path(&top, true, &options, &OpenOptions::new()).unwrap();
+    let over = named.clone().policy(Policy::Paths);
+    assert_eq!(kind(Image::open(Source::path(&top), &over)).0, ErrorKind::InvalidArgument);
+}
+
+/// The name that is stored, where QEMU has to be told which file it is.
+fn qemu_facts_of(path: &Path, data: &Path) -> serde_json::Value {
+    let options = format!(
+        "driver=qcow2,file.filename={},data-file.driver=file,data-file.filename={}",
+        text(path),
+        text(data)
+    );
+    let args = ["info", "--output=json", "--image-opts", &options];
+    let info: serde_json::Value = serde_json::from_str(&qemu_ok("qemu-img", &args)).unwrap();
+    info["format-specific"]["data"]["data-file"].clone()
+}
+
+fn amend_named(path: &Path, open: &OpenOptions, name: &str) {
+    let image = Image::open(Source::path(path), &open.clone().writable(true)).unwrap();
+    let mut options = AmendOptions::default();
+    options.set("data_file", name).unwrap();
+    image.amend(&options, &mut |_, _| true).unwrap();
+    image.close().unwrap();
 }

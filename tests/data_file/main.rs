@@ -5,6 +5,7 @@
 
 mod gate;
 mod rules;
+mod sizes;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -26,15 +26,17 @@ pub struct Rewrite {
 
 impl Header {
     /// How to replace the header that is in `old`, the first cluster, by this one: of
-    /// the same image, maybe in another version.
+    /// the same image, maybe in another version, or with another name of the
+    /// data file.
     ///
     /// `NotSupported` where fields and extensions do not fit into a sector, or the
     /// backing file's name has no place; `InvalidArgument` as for [`Header::to_bytes`].
     pub fn rewrite(&self, old: &[u8]) -> Result<Rewrite> {
         self.check_writable()?;
         let old_sector = old.get(..SECTOR).unwrap_or_default();
-        let old_version = Header::parse(old)?.version;
-        if old_version == self.version {
+        let parsed = Header::parse(old)?;
+        let same_names = parsed.extensions.data_file == self.extensions.data_file;
+        if parsed.version == self.version && same_names {
             let end = if self.version > 2 { FIELDS_END_3 } else { FIELDS_END_2 };
             let mut sector = old_sector.to_vec();
             let new = self.head(false);
@@ -91,14 +93,14 @@ impl Header {
 
 #[cold]
 fn too_long(what: &str) -> Error {
-    let text = format!("{what}, so that the version cannot be changed in one step");
+    let text = format!("{what}, so that the header cannot be changed in one step");
     Error::new(ErrorKind::NotSupported, text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::header::compatible;
+    use crate::format::header::{compatible, incompatible};
     use crate::format::header_samples;
 
     /// The first cluster after these writes.
@@ -151,6 +153,25 @@ mod tests {
         let header_length = Header::parse(&written).unwrap().header_length;
         assert_eq!(written, new.to_bytes().unwrap());
         assert_eq!(header_length, 112);
+    }
+
+    #[test]
+    fn another_name_of_the_data_file_moves_what_follows() {
+        for name in [&b""[..], b"d", b"a name that is a little longer"] {
+            for length in [0, 1, 300, 500] {
+                let mut header = with_name(3, length);
+                header.incompatible |= incompatible::EXTERNAL_DATA;
+                header.extensions.data_file = Some(b"data".to_vec());
+                let old = header.to_bytes().unwrap();
+                let mut new = header.clone();
+                new.extensions.data_file = Some(name.to_vec()).filter(|name| !name.is_empty());
+                let written = apply(&new.rewrite(&old).unwrap(), &old);
+                let found = Header::parse(&written).unwrap();
+                assert_eq!(found.extensions.data_file, new.extensions.data_file);
+                assert_eq!(found.backing, new.backing);
+                assert_eq!((found.size, found.l1_offset), (new.size, new.l1_offset));
+            }
+        }
     }
 
     #[test]

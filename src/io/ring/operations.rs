@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use super::{RingEngine, Slot, is_interrupted};
 use crate::error::Result;
@@ -121,6 +122,10 @@ impl Drop for Flight<'_> {
 }
 
 impl Engine for RingEngine {
+    fn now(&self) -> Option<Instant> {
+        Some(Instant::now())
+    }
+
     async fn read<'a>(&'a self, storage: &'a Storage, to: Target<'a>, offset: u64) -> Result<()> {
         match (storage.backend(), self.has_ring()) {
             (Backend::File(file), true) => {

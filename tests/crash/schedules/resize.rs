@@ -11,9 +11,11 @@ use qcow2rs::io::sim::{Crash, Fault, OpKind, Outcome, Pattern, SimDisk, SimEngin
 use qcow2rs::{ErrorKind, Preallocation, ResizeOptions, Result};
 
 use super::super::imagecheck;
+use super::super::random::{SMALL, config};
 use super::super::scenario::{Config, open};
-use super::play_some;
+use super::super::support::builder::Kind;
 use super::snapshots::{Stage, State, configs, look, next, write};
+use super::{extended, play_some};
 
 /// What is done to the size, which is a number of clusters and a bit.
 #[derive(Clone, Copy, Debug)]
@@ -56,10 +58,12 @@ fn model(before: &State, size: u64) -> State {
     after
 }
 
-/// An image with a snapshot (one of version 2 has none), and the size that it is to get.
+/// An image with a snapshot (one of version 2, or with a data file, has none), and the size that it is to get.
 fn begin(config: &Config, seed: u64, change: Change) -> (Stage, u64) {
-    let writes: &[(u8, &[u8])] =
-        if config.kind.version < 3 { &[(3, b"")] } else { &[(1, b"a"), (3, b"")] };
+    let writes: &[(u8, &[u8])] = match config.kind.version < 3 || config.kind.data_file {
+        true => &[(3, b"")],
+        false => &[(1, b"a"), (3, b"")],
+    };
     let mut stage = Stage::with(config, seed, writes);
     let mut size = change.size(config);
     if change.again {
@@ -82,6 +86,11 @@ fn state(disk: &SimDisk, config: &Config) -> State {
 fn check(left: &SimDisk, config: &Config, states: &[&State], what: &str) -> State {
     let found = state(left, config);
     assert!(states.contains(&&found), "{what}: the disk is neither the old nor the new one");
+    if config.kind.raw {
+        let mut bytes = left.file("data").expect("there is a data file").bytes();
+        bytes.resize(found.active.len(), 0);
+        assert!(bytes == found.active, "{what}: the raw data file is not what the guest finds");
+    }
     let (flags, dirty) = look(left, config.kind.lazy);
     assert!(!flags || dirty, "{what}: flags are wrong");
     found
@@ -115,8 +124,17 @@ fn live_on(left: &SimDisk, config: &Config, states: &[&State], what: &str) {
 
 /// Those that may become longer: version 2 has nothing to hide a backing file with.
 fn some() -> impl Iterator<Item = (Config, Change)> {
+    let small = Kind { size: 64 << 10, data_file: true, ..SMALL };
+    let coarse = Kind { size: 1 << 20, data_file: true, ..extended().kind };
+    let data_files = [
+        small,
+        Kind { raw: true, lazy: true, ..small },
+        Kind { backing: true, ..coarse },
+        Kind { backing: false, raw: true, ..coarse },
+    ];
     configs()
         .into_iter()
+        .chain(data_files.map(config))
         .flat_map(|config| ALL.into_iter().map(move |change| (config.clone(), change)))
 }
 
@@ -169,9 +187,13 @@ fn an_operation_that_fails_leaves_the_old_size_or_the_new() {
     let kinds = [OpKind::Read, OpKind::Write, OpKind::Sync, OpKind::Truncate];
     play_some(1, |seed| {
         for (config, change) in some() {
-            for kind in kinds {
+            for (file, kind) in [("image", kinds), ("data", kinds)]
+                .into_iter()
+                .filter(|(file, _)| *file == "image" || config.kind.data_file)
+                .flat_map(|(file, kinds)| kinds.map(|kind| (file, kind)))
+            {
                 let mut index = 0;
-                while fail_one(&config, seed, change, kind, index) {
+                while fail_one(&config, seed, change, (file, kind), index) {
                     index += 1 + index / 4;
                 }
             }
@@ -179,16 +201,24 @@ fn an_operation_that_fails_leaves_the_old_size_or_the_new() {
     });
 }
 
-/// Lets the `index`th operation of a kind fail, or all from there on; false if there
-/// are not that many.
-fn fail_one(config: &Config, seed: u64, change: Change, kind: OpKind, index: u64) -> bool {
+/// Lets the `index`th operation of a kind on a file fail, or all from there on; false if
+/// there are not that many.
+fn fail_one(
+    config: &Config,
+    seed: u64,
+    change: Change,
+    (file, kind): (&str, OpKind),
+    index: u64,
+) -> bool {
     let (Stage { disk, image, before, .. }, size) = begin(config, seed + index, change);
     let after = model(&before, size);
     let forever = index % 3 == 1;
     let errno = if kind == OpKind::Sync || index % 2 == 1 { libc::EIO } else { libc::ENOSPC };
-    let pattern = Pattern::any().file("image").kind(kind).after(index);
-    let what =
-        format!("seed {seed}, {change:?}, {:?}: {kind:?} {index}, forever: {forever}", config.kind);
+    let pattern = Pattern::any().file(file).kind(kind).after(index);
+    let what = format!(
+        "seed {seed}, {change:?}, {:?}: {kind:?} {index} of {file}, forever: {forever}",
+        config.kind
+    );
     disk.inject(Fault { pattern, errno, forever });
     let played = disk.block_on(change.play(&image, size));
     disk.clear_faults();

@@ -16,10 +16,10 @@ use qcow2rs::snapshots::Meta;
 use qcow2rs::{ErrorKind, Result};
 
 use super::super::imagecheck;
-use super::super::layout::{Header, ReadAt, read_guest};
+use super::super::layout::{Header, ReadAt, read_guest_data};
 use super::super::random::{SMALL, config};
 use super::super::scenario::{Config, open};
-use super::super::support::builder::{Cluster, Kind, build};
+use super::super::support::builder::{Cluster, Kind, build_both};
 use super::{extended, play_some, tiny};
 
 /// What is done to the snapshots.
@@ -86,7 +86,9 @@ impl State {
         let header = Header::read(&*file).expect("it has a header");
         let base = disk.file("base");
         let base = base.as_deref().map(|base| base as &dyn ReadAt);
-        let content = |header: &Header| read_guest(&*file, header, base);
+        let data = disk.file("data");
+        let data = data.as_deref().map_or(&*file as &dyn ReadAt, |data| data as &dyn ReadAt);
+        let content = |header: &Header| read_guest_data(&*file, data, header, base);
         let (tables, _) = header.read_snapshots(&*file);
         let names = header.read_snapshot_names(&*file);
         let of = |l1| content(&Header { l1, size: snapshot_size, ..header.clone() });
@@ -132,13 +134,23 @@ impl Stage {
         let disk = SimDisk::new(rng.next_u64());
         let kind = config.kind;
         let size = kind.cluster;
-        let bytes = build(kind, |cluster| match cluster % 5 {
-            0 => Cluster::Data { bytes: vec![0x11; size as usize], alloc: 1, zero: 0 },
+        let stored = |byte| {
+            let alloc = if kind.extended_l2 && kind.raw { u32::MAX } else { 1 };
+            Cluster::Data { bytes: vec![byte; size as usize], alloc, zero: 0 }
+        };
+        let (bytes, data) = build_both(kind, |cluster| match cluster % 5 {
+            0 => stored(0x11),
+            1 if kind.data_file => stored(0x22),
             1 => Cluster::Compressed(vec![0x22; size as usize]),
+            // A raw data file has a place for all from the beginning.
+            _ if kind.raw => stored(0),
             2 if kind.version > 2 => Cluster::Reserved,
             _ => Cluster::Nothing,
         });
         disk.create_with("image", FileOptions::default(), &bytes);
+        if kind.data_file {
+            disk.create_with("data", FileOptions::default(), &data);
+        }
         if kind.backing {
             let read_only = FileOptions { read_only: true, ..FileOptions::default() };
             disk.create_with("base", read_only, &vec![0x33; kind.size as usize]);

@@ -38,6 +38,34 @@ pub mod owner;
 #[path = "../../../src/shard.rs"]
 pub mod shard;
 
+pub mod sys {
+    /// In the place of `sys/pages.rs`: memory that a model checker watches.
+    pub mod pages {
+        use std::ops::Range;
+
+        use crate::error::Result;
+        use crate::sync::atomic::{AtomicU64, Ordering};
+
+        pub struct Pages(Vec<AtomicU64>);
+
+        impl Pages {
+            pub fn new(count: usize) -> Result<Pages> {
+                Ok(Pages((0..count).map(|_| AtomicU64::new(0)).collect()))
+            }
+
+            pub fn words(&self) -> &[AtomicU64] {
+                &self.0
+            }
+
+            /// Word by word, as whoever reads meanwhile may see it.
+            pub fn give_back(&self, words: Range<usize>) -> Range<usize> {
+                self.0[words.clone()].iter().for_each(|word| word.store(0, Ordering::Relaxed));
+                words
+            }
+        }
+    }
+}
+
 #[path = "../../../src/io"]
 pub mod io {
     pub mod wait;

@@ -114,3 +114,24 @@ fn a_change_during_a_write_back_is_written_later() {
         assert!(on_disk == 6 || cache.has_dirty(), "{on_disk}");
     });
 }
+
+#[test]
+fn memory_that_is_given_back_is_not_taken_for_a_slice() {
+    check(3, || {
+        let cache = cache();
+        // Neither has been used since.
+        cache.trim();
+        let trimmer = thread::spawn({
+            let cache = cache.clone();
+            move || {
+                cache.trim();
+                assert!(load(&cache, 3) == Loaded::Done);
+            }
+        });
+        for n in [1, 3] {
+            let seen = read(&cache, n);
+            assert!(seen.is_none_or(|words| words == (n, n)), "slice {n}: {seen:?}");
+        }
+        trimmer.join().unwrap();
+    });
+}
