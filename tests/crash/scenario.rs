@@ -96,8 +96,6 @@ pub struct Scenario {
     pub seed: u64,
     /// Every how manieth crash image is shown to QEMU; 0: none.
     pub qemu_every: Cell<u64>,
-    /// Crash images so far, whether lived in or only looked at.
-    pub crashes: Cell<u64>,
     /// All that was counted.
     pub tally: RefCell<Tally>,
     /// The medium that the seed has chosen.
@@ -209,7 +207,6 @@ impl Scenario {
             config,
             seed,
             qemu_every: Cell::new(0),
-            crashes: Cell::new(0),
             tally: RefCell::default(),
             medium,
         }
@@ -239,7 +236,6 @@ impl Scenario {
             Crash::Power { unit: 4096 } => tally.pages += 1,
             Crash::Power { .. } | Crash::Garbage { .. } => tally.hostile += 1,
         }
-        self.crashes.set(self.crashes.get() + 1);
         (crash, crash_image(disk, crash, rng.next_u64()))
     }
 }
