@@ -728,17 +728,18 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
 /* -------------------------------------------------------------------- Amend */
 
 /* [EXCL] Changes what can be changed in place, option names of `qemu-img
- * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image with
- * a data file: data_file (its name; empty: none is stored), data_file_raw (off);
- * what was not set in opts stays.  Durable on return.  progress may be NULL.  Counters of the
- * image start again.
+ * amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image
+ * with a data file: data_file (its name; empty: none is stored), data_file_raw
+ * (off); what was not set in opts stays.  Durable on return.  progress may be
+ * NULL.  Counters of the image start again.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
  * another size or backing file, which are not changed by amending; for 0.10:
- * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL: options that do not go together (0.10 needs
- * refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
- * so.  -EROFS, -EBUSY (also: a snapshot with zero clusters is open, which 0.10
- * cannot have), -ENOSPC, -EFBIG.  After any of these the image is as it
- * was, but that zero clusters may have become data on the way to 0.10. */
+ * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:
+ * options that do not go together (0.10 needs refcount_bits=16), a refcount
+ * that does not fit.  -ECANCELED: progress said so.  -EROFS, -EBUSY (also: a
+ * snapshot with zero clusters is open, which 0.10 cannot have), -ENOSPC,
+ * -EFBIG.  After any of these the image is as it was, but that zero clusters
+ * may have become data on the way to 0.10. */
 int qcow2rs_amend(struct qcow2rs_image *img,
                   const struct qcow2rs_create_opts *opts,
                   qcow2rs_progress_fn progress, void *opaque);

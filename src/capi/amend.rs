@@ -25,17 +25,18 @@ impl Progress {
 }
 
 /// [EXCL] Changes what can be changed in place, option names of `qemu-img
-/// amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image with
-/// a data file: data_file (its name; empty: none is stored), data_file_raw (off);
-/// what was not set in opts stays.  Durable on return.  progress may be NULL.  Counters of the
-/// image start again.
+/// amend -o`: compat (0.10|1.1), lazy_refcounts, refcount_bits; of an image
+/// with a data file: data_file (its name; empty: none is stored), data_file_raw
+/// (off); what was not set in opts stays.  Durable on return.  progress may be
+/// NULL.  Counters of the image start again.
 /// -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
 /// another size or backing file, which are not changed by amending; for 0.10:
-/// extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL: options that do not go together (0.10 needs
-/// refcount_bits=16), a refcount that does not fit.  -ECANCELED: progress said
-/// so.  -EROFS, -EBUSY (also: a snapshot with zero clusters is open, which 0.10
-/// cannot have), -ENOSPC, -EFBIG.  After any of these the image is as it
-/// was, but that zero clusters may have become data on the way to 0.10.
+/// extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:
+/// options that do not go together (0.10 needs refcount_bits=16), a refcount
+/// that does not fit.  -ECANCELED: progress said so.  -EROFS, -EBUSY (also: a
+/// snapshot with zero clusters is open, which 0.10 cannot have), -ENOSPC,
+/// -EFBIG.  After any of these the image is as it was, but that zero clusters
+/// may have become data on the way to 0.10.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_amend(
     img: *mut qcow2rs_image,
