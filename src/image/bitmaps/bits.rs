@@ -68,7 +68,8 @@ impl Bits {
         if bytes.start >= end {
             return;
         }
-        let (first, last) = (bytes.start >> self.granularity_bits, (end - 1) >> self.granularity_bits);
+        let (first, last) =
+            (bytes.start >> self.granularity_bits, (end - 1) >> self.granularity_bits);
         if first == last {
             self.set_in_word(first / WORD, 1 << (first % WORD));
         } else {
