@@ -97,7 +97,9 @@ impl Row {
         let size = self.pattern.size;
         let layout = Layout { size, cluster: CLUSTER, extended: true };
         match contender {
-            Contender::Ours(_) | Contender::Recording => disk::create(&path, &files.base, c"raw", layout),
+            Contender::Ours(_) | Contender::Recording => {
+                disk::create(&path, &files.base, c"raw", layout)
+            }
             Contender::Qemu(_) => {
                 // Tried before in another way.
                 let _ = std::fs::remove_file(&path);

@@ -8,7 +8,7 @@ use super::support::dissect::Dissected;
 use super::support::{
     Scratch, open, open_rw, qemu, qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
 };
-use super::{dirty, dirty_by_qemu, listed_by_qemu, qemu_bitmap, write, CLUSTER};
+use super::{CLUSTER, dirty, dirty_by_qemu, listed_by_qemu, qemu_bitmap, write};
 
 /// What the file knows already is not written again, and what is all alike takes no bits.
 #[test]
@@ -68,7 +68,8 @@ fn headers_of_every_length_hold_the_extension_or_say_that_they_cannot() {
     let path = scratch.path("image");
     std::fs::write(scratch.path("base"), vec![5; 1 << 20]).unwrap();
     let long = |length: usize, name: &str| format!("{}{name}", "./".repeat(length / 2));
-    for (cluster_size, length) in [(512, 20), (512, 200), (4096, 1000), (65536, 300), (65536, 1000)] {
+    for (cluster_size, length) in [(512, 20), (512, 200), (4096, 1000), (65536, 300), (65536, 1000)]
+    {
         let name = long(length, "base");
         let options = format!("cluster_size={cluster_size},backing_file={name},backing_fmt=raw");
         qemu_create(&path, &options, 1 << 20);

@@ -99,7 +99,7 @@ fn memory_for_bits_is_bounded() {
     let path = scratch.path("image");
     qemu_create(&path, "", 64 << 30);
     let mut options = OpenOptions::new().writable(true);
-    options.set("max-metadata-size", "48M").unwrap();
+    options.set("max-metadata-size", "20M").unwrap();
     let image = Image::open(Source::path(&path), &options).unwrap();
     let held = image.stats().metadata_bytes;
     image.bitmap_add(b"a", 4096, true).unwrap();
@@ -184,11 +184,12 @@ fn the_image_is_needed_alone() {
     assert_eq!(image.bitmap_count().unwrap(), 1, "a question may be asked");
     let mut done = 0;
     while done == 0 {
-        queue.wait(1, 1, None, |completion| {
-            completion.result.unwrap();
-            done += 1;
-        })
-        .unwrap();
+        queue
+            .wait(1, 1, None, |completion| {
+                completion.result.unwrap();
+                done += 1;
+            })
+            .unwrap();
     }
     assert_eq!(dirty(&image, "b"), [8192..12288]);
     image.bitmap_clear(b"b").unwrap();

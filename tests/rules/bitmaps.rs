@@ -8,9 +8,7 @@ use serde_json::Value;
 
 use super::CLUSTER;
 use super::support::dissect::{Dissected, field};
-use super::support::{
-    Scratch, open_rw, qemu, qemu_create, qemu_img_check, qemu_io, qemu_ok, text,
-};
+use super::support::{Scratch, open_rw, qemu, qemu_create, qemu_img_check, qemu_io, qemu_ok, text};
 
 /// An image whose bitmap knows of the first cluster only.
 fn image(scratch: &Scratch, disabled: bool) -> PathBuf {

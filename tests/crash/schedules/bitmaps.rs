@@ -355,11 +355,12 @@ fn each_kind_of_change_is_known() {
             queue.write(buffer, at(15), WriteFlags::default(), 1).unwrap();
             let mut done = 0;
             while done == 0 {
-                let _ = queue.wait(1, 1, |completion| {
-                    completion.result.unwrap();
-                    done += 1;
-                })
-                .await;
+                let _ = queue
+                    .wait(1, 1, |completion| {
+                        completion.result.unwrap();
+                        done += 1;
+                    })
+                    .await;
             }
         });
         drop(queue);
@@ -388,11 +389,11 @@ fn bitmaps_follow_the_size_through_crashes() {
             });
             let outcome = stage.disk.run_observed(vec![task], |step| {
                 if step % 3 == 0 {
-                    let left =
-                        stage.disk.crash(Crash::Power { unit: 512 }, crashes.next_u64());
+                    let left = stage.disk.crash(Crash::Power { unit: 512 }, crashes.next_u64());
                     let file = left.file("image").unwrap();
                     let bitmaps = read(&*file);
-                    let bitmaps = bitmaps.unwrap_or_else(|e| panic!("{} at {step}: {e}", stage.what));
+                    let bitmaps =
+                        bitmaps.unwrap_or_else(|e| panic!("{} at {step}: {e}", stage.what));
                     assert_eq!(bitmaps.len(), 2);
                 }
                 ControlFlow::Continue(())
