@@ -434,6 +434,7 @@ fn fail_one(kind: Kind, seed: u64, remove: bool, op: OpKind, index: u64) -> bool
     stage.disk.clear_faults();
     let (result, image) = next(image, played);
     let failed = result.is_err();
+    stage.what += &format!(", {result:?}");
     if let (Some(image), true) = (image, op != OpKind::Sync) {
         stage.disk.block_on(async {
             stage.requests(&image, 4).await;
@@ -442,7 +443,9 @@ fn fail_one(kind: Kind, seed: u64, remove: bool, op: OpKind, index: u64) -> bool
         let file = stage.disk.file("image").unwrap();
         let b = read(&*file).unwrap().into_iter().find(|bitmap| bitmap.name == b"b").unwrap();
         assert!(!b.in_use && b.dirty == *stage.known.borrow(), "{}", stage.what);
-        if !forever {
+        // A failure behind the change itself, which has taken place then, is a leak at worst.
+        let gone = read(&*file).unwrap().iter().all(|bitmap| bitmap.name != b"frozen");
+        if !forever && !gone {
             assert_eq!(imagecheck::check(&*file).leaks, [], "{}", stage.what);
         }
     }
