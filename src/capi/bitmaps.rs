@@ -73,8 +73,8 @@ pub unsafe extern "C" fn qcow2rs_bitmap_get(
     })
 }
 
-/// [EXCL] Adds a bitmap in which nothing is dirty; it gets into the file when the
-/// image is closed.  granularity: bytes per bit, a power of two from 512 to
+/// [EXCL] Adds a bitmap in which nothing is dirty; it gets into the file when
+/// the image is closed.  granularity: bytes per bit, a power of two from 512 to
 /// 2 GiB; 0: 64 KiB.  flags: QCOW2RS_BITMAP_AUTO, to record changes from now on,
 /// or 0.  -EEXIST.  -ENOTSUP: version 2, a RAW image, a disk of 0 bytes.
 /// -EINVAL: a name that is empty or longer than 1023 bytes; a bitmap of more
