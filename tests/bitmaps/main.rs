@@ -21,14 +21,14 @@ use support::{
     qemu_ok, text,
 };
 
-pub const CLUSTER: u64 = 64 << 10;
+const CLUSTER: u64 = 64 << 10;
 
-pub fn write(image: &Image, offset: u64, len: usize) {
+fn write(image: &Image, offset: u64, len: usize) {
     image.write_at(&vec![3; len], offset, WriteFlags::default()).unwrap();
 }
 
 /// The dirty ranges of a bitmap, as the library tells them.
-pub fn dirty(image: &Image, name: &str) -> Vec<Range<u64>> {
+fn dirty(image: &Image, name: &str) -> Vec<Range<u64>> {
     let (mut ranges, mut at) = (Vec::new(), 0);
     while at < image.size() {
         // In small portions, to begin within ranges as well.
@@ -60,7 +60,7 @@ fn joined(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 /// The same as QEMU exports it.
-pub fn dirty_by_qemu(path: &Path, name: &str) -> Vec<Range<u64>> {
+fn dirty_by_qemu(path: &Path, name: &str) -> Vec<Range<u64>> {
     let socket = path.with_extension("sock");
     let _ = std::fs::remove_file(&socket);
     // It ends with its first client.
@@ -91,7 +91,7 @@ pub fn dirty_by_qemu(path: &Path, name: &str) -> Vec<Range<u64>> {
 }
 
 /// Name, granularity, flags, as QEMU lists them.
-pub fn listed_by_qemu(path: &Path) -> Vec<(String, u64, Vec<String>)> {
+fn listed_by_qemu(path: &Path) -> Vec<(String, u64, Vec<String>)> {
     let info = qemu_ok("qemu-img", &["info", "-U", "-f", "qcow2", "--output=json", text(path)]);
     let info: Value = serde_json::from_str(&info).unwrap();
     let list = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
@@ -104,7 +104,7 @@ pub fn listed_by_qemu(path: &Path) -> Vec<(String, u64, Vec<String>)> {
         .collect()
 }
 
-pub fn qemu_bitmap(path: &Path, args: &[&str]) {
+fn qemu_bitmap(path: &Path, args: &[&str]) {
     let mut all = vec!["bitmap"];
     all.extend(args);
     // The image comes before the name.

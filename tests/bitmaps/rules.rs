@@ -1,6 +1,7 @@
 //! Each rule of the functions: names, limits, what is refused, what the image alone
 //! means, and what becomes of bitmaps when something else is done with the image.
 
+use std::process::Command;
 use std::sync::Arc;
 
 use qcow2rs::{
@@ -162,6 +163,36 @@ fn what_was_not_stored_is_out_of_date() {
     image.close().unwrap();
     assert_eq!(listed_by_qemu(&path), []);
     assert_eq!(Dissected::load(&path).u64(field::AUTOCLEAR), 0);
+    qemu_img_check(&path);
+}
+
+/// QEMU tells us in the same way.
+#[test]
+fn what_qemu_could_not_store_is_out_of_date() {
+    let scratch = Scratch::new();
+    let (path, socket) = (scratch.path("image"), scratch.path("sock"));
+    qemu_create(&path, "", 64 * CLUSTER);
+    qemu_bitmap(&path, &["--add", "on"]);
+    qemu_bitmap(&path, &["--add", "--disable", "off"]);
+    let args = ["-f", "qcow2", "-k", text(&socket), text(&path)];
+    let mut server = Command::new("qemu-nbd").args(args).spawn().unwrap();
+    while !socket.exists() {
+        assert!(server.try_wait().unwrap().is_none(), "qemu-nbd {args:?}");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let image = open_rw(&path);
+    assert!(image.bitmaps().unwrap().iter().all(|info| info.in_use));
+    write(&image, 0, 512);
+    image.bitmap_remove(b"off").unwrap();
+    image.bitmap_add(b"new", 512, true).unwrap();
+    write(&image, CLUSTER, 512);
+    image.close().unwrap();
+    let listed = listed_by_qemu(&path);
+    assert_eq!(listed[0], ("on".into(), 65536, vec!["in-use".into(), "auto".into()]));
+    assert_eq!(listed[1], ("new".into(), 512, vec!["auto".into()]));
+    assert_eq!(dirty_by_qemu(&path, "new"), [CLUSTER..CLUSTER + 512]);
     qemu_img_check(&path);
 }
 
