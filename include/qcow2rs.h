@@ -372,10 +372,11 @@ QCOW2RS_MUST_USE
 int qcow2rs_open_fd(int fd, const struct qcow2rs_open_opts *opts,
                     struct qcow2rs_image **out);
 
-/* Drains requests in flight, destroys remaining queues, flushes, clears the
- * dirty bit, releases.  -EBUSY: another thread is inside a call; the handle is
- * kept.  Whatever else is returned, the handle is gone and set to NULL; the
- * value tells of a flush error. */
+/* Drains requests in flight, destroys remaining queues, flushes, stores
+ * persistent bitmaps, clears the dirty bit, releases.  -EBUSY: another thread
+ * is inside a call; the handle is kept.  Whatever else is returned, the handle
+ * is gone and set to NULL; the value tells of a flush error, or that bitmaps
+ * could not be stored and are out of date (QCOW2RS_BITMAP_IN_USE) now. */
 int qcow2rs_close(struct qcow2rs_image **img);
 
 /* Releases without writing anything: models a crash, or gives up on dead

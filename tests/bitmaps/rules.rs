@@ -176,9 +176,9 @@ fn what_qemu_could_not_store_is_out_of_date() {
     qemu_bitmap(&path, &["--add", "--disable", "off"]);
     let args = ["-f", "qcow2", "-k", text(&socket), text(&path)];
     let mut server = Command::new("qemu-nbd").args(args).spawn().unwrap();
-    while !socket.exists() {
+    // The socket is there before the image is open.
+    while !listed_by_qemu(&path).iter().all(|(.., flags)| flags.contains(&"in-use".into())) {
         assert!(server.try_wait().unwrap().is_none(), "qemu-nbd {args:?}");
-        std::thread::sleep(std::time::Duration::from_millis(1));
     }
     server.kill().unwrap();
     server.wait().unwrap();

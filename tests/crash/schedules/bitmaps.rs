@@ -86,6 +86,10 @@ async fn write(image: &Disk, range: Range<u64>, value: u8) -> Result<()> {
 
 impl Stage {
     fn new(kind: Kind, seed: u64) -> Stage {
+        Stage::with(kind, seed, FileOptions::default())
+    }
+
+    fn with(kind: Kind, seed: u64, options: FileOptions) -> Stage {
         let mut rng = Rng::new(seed);
         let disk = SimDisk::new(rng.next_u64());
         let alloc = if kind.extended_l2 { u32::MAX } else { 1 };
@@ -94,7 +98,7 @@ impl Stage {
             1 => Cluster::Reserved,
             _ => Cluster::Nothing,
         });
-        disk.create_with("image", FileOptions::default(), &bytes);
+        disk.create_with("image", options, &bytes);
         if kind.backing {
             let read_only = FileOptions { read_only: true, ..FileOptions::default() };
             disk.create_with("base", read_only, &vec![0x33; kind.size as usize]);
@@ -323,7 +327,9 @@ fn bitmaps_know_of_every_change_or_say_that_they_do_not() {
 #[test]
 fn each_kind_of_change_is_known() {
     play_some(2, |seed| {
-        let stage = Stage::new(kinds()[0], seed);
+        // Writes fly in direct mode.
+        let direct = FileOptions { alignment: 512, ..FileOptions::default() };
+        let stage = Stage::with(kinds()[0], seed, direct);
         let cluster = stage.kind.cluster;
         let at = |number: u64| number * 3 * cluster;
         let image = stage.play(stage.open());
@@ -364,6 +370,27 @@ fn each_kind_of_change_is_known() {
             }
         });
         drop(queue);
+        stage.play(image.put_away(&SimEngine, &mut None)).unwrap();
+        stage.closed();
+    });
+}
+
+/// What is written in place is there after a crash, so the mark has to be.
+#[test]
+fn a_bitmap_that_begins_to_record_is_marked_before_anything_changes() {
+    play_some(4, |seed| {
+        let stage = Stage::new(kinds()[0], seed);
+        let image = stage.play(stage.open());
+        stage.thawed.replace(Some(stage.play(content(&image))));
+        let changed = stage.play(image.bitmap_set_enabled(&SimEngine, b"frozen", true));
+        let image = go(image, changed);
+        stage.play(async {
+            for cluster in 1..16 {
+                let start = cluster * 3 * stage.kind.cluster;
+                stage.record(&(start..start + 512));
+                write(&image, start..start + 512, 0x77).await.unwrap();
+            }
+        });
         stage.play(image.put_away(&SimEngine, &mut None)).unwrap();
         stage.closed();
     });
