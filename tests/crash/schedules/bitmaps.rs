@@ -349,20 +349,22 @@ fn each_kind_of_change_is_known() {
             let piece = Piece::Guest(GuestRef::from_slice(&data));
             image.write_compressed(&SimEngine, piece, free, false).await.unwrap();
         });
-        // What goes to the ring as it is.
+        // Many at once go to the ring as they are.
         let image = Arc::new(image);
         let shared = Image::simulated(image.clone());
-        let queue = SimQueue::new(&shared, &stage.disk, 4).unwrap();
-        let mut buffer = Buffer::aligned(cluster as usize).unwrap();
-        buffer.fill(0x55);
-        stage.record(&(at(15)..at(15) + cluster));
+        let queue = SimQueue::new(&shared, &stage.disk, 16).unwrap();
         stage.play(async {
             content(&image).await;
-            queue.write(buffer, at(15), WriteFlags::default(), 1).unwrap();
+            for number in 13..25 {
+                let mut buffer = Buffer::aligned(cluster as usize).unwrap();
+                buffer.fill(0x55);
+                stage.record(&(at(number)..at(number) + cluster));
+                queue.write(buffer, at(number), WriteFlags::default(), number).unwrap();
+            }
             let mut done = 0;
-            while done == 0 {
+            while done < 12 {
                 let _ = queue
-                    .wait(1, 1, |completion| {
+                    .wait(1, 12, |completion| {
                         completion.result.unwrap();
                         done += 1;
                     })
