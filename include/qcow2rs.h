@@ -371,10 +371,11 @@ QCOW2RS_MUST_USE
 int qcow2rs_open_fd(int fd, const struct qcow2rs_open_opts *opts,
                     struct qcow2rs_image **out);
 
-/* Drains requests in flight, destroys remaining queues, flushes, clears the
- * dirty bit, releases.  -EBUSY: another thread is inside a call; the handle is
- * kept.  Whatever else is returned, the handle is gone and set to NULL; the
- * value tells of a flush error. */
+/* Drains requests in flight, destroys remaining queues, flushes, stores
+ * persistent bitmaps, clears the dirty bit, releases.  -EBUSY: another thread
+ * is inside a call; the handle is kept.  Whatever else is returned, the handle
+ * is gone and set to NULL; the value tells of a flush error, or that bitmaps
+ * could not be stored and are out of date (QCOW2RS_BITMAP_IN_USE) now. */
 int qcow2rs_close(struct qcow2rs_image **img);
 
 /* Releases without writing anything: models a crash, or gives up on dead
@@ -786,7 +787,7 @@ int qcow2rs_snapshot_create(struct qcow2rs_image *img, const char *name,
 /* [EXCL] The active state, the size of the disk and VM state included, is
  * replaced; durable on return.  id_or_name: the id is tried first.  -ENOENT.
  * -ENOTSUP: a snapshot of another size, in a version 2 image or beside
- * bitmaps.  Otherwise as qcow2rs_snapshot_create. */
+ * bitmaps; a bitmap that is enabled.  Otherwise as qcow2rs_snapshot_create. */
 int qcow2rs_snapshot_apply(struct qcow2rs_image *img, const char *id_or_name);
 
 /* [EXCL] Deletes; durable on return.  The id is tried first.  -ENOENT.
@@ -817,6 +818,70 @@ int qcow2rs_vmstate_pread(struct qcow2rs_image *img, void *buf, size_t length,
  * -EROFS: of a snapshot, too.  -EFBIG: past all that can be. */
 int qcow2rs_vmstate_pwrite(struct qcow2rs_image *img, const void *buf,
                            size_t length, uint64_t offset);
+
+/* ------------------------------------------------------- Persistent bitmaps */
+
+#define QCOW2RS_BITMAP_IN_USE 1u /* Out of date: not stored when the image
+                                    was closed last. It can only be removed. */
+#define QCOW2RS_BITMAP_AUTO 2u   /* Enabled: records changes whenever the
+                                    image is open for writing. */
+#define QCOW2RS_BITMAP_BUSY 4u   /* Reserved: somebody else works with it. */
+
+/* What is known of a bitmap.  Grows at the end. */
+struct qcow2rs_bitmap_info {
+    char name[1024];      /* NUL-terminated. */
+    uint64_t dirty_bytes; /* Bytes of the disk; 0 with QCOW2RS_BITMAP_IN_USE. */
+    uint32_t granularity; /* Bytes of the disk that one bit stands for. */
+    uint32_t flags;       /* QCOW2RS_BITMAP_* */
+};
+
+/* [MT] Number of persistent bitmaps; 0 for a snapshot that is open itself.
+ * -ENOTSUP: a RAW image.  -EIO: bitmaps of an image that is open read-only are
+ * malformed. */
+int qcow2rs_bitmap_count(struct qcow2rs_image *img);
+
+/* [MT] One of them, those of the file first: index < count; -ENOENT otherwise.
+ * info_size is sizeof(*info), as in qcow2rs_get_info.  Others as
+ * qcow2rs_bitmap_count. */
+int qcow2rs_bitmap_get(struct qcow2rs_image *img, uint32_t index,
+                       struct qcow2rs_bitmap_info *info, size_t info_size);
+
+/* [EXCL] Adds a bitmap in which nothing is dirty; it gets into the file when
+ * the image is closed.  granularity: bytes per bit, a power of two from 512 to
+ * 2 GiB; 0: 64 KiB.  flags: QCOW2RS_BITMAP_AUTO, to record changes from now on,
+ * or 0.  -EEXIST.  -ENOTSUP: version 2, a RAW image, a disk of 0 bytes.
+ * -EINVAL: a name that is empty or longer than 1023 bytes; a bitmap of more
+ * than 512 MiB.  -EFBIG: 65535 bitmaps, or (QCOW2RS_E_LIMIT) more memory than
+ * "max-metadata-size" allows.  -EROFS. */
+int qcow2rs_bitmap_add(struct qcow2rs_image *img, const char *name,
+                       uint32_t granularity, uint32_t flags);
+
+/* [EXCL] Removes a bitmap, QCOW2RS_BITMAP_IN_USE or not; durable on return.
+ * -ENOENT.  -EROFS.  -ENOTSUP: a RAW image. */
+int qcow2rs_bitmap_remove(struct qcow2rs_image *img, const char *name);
+
+/* [EXCL] Nothing is dirty any more.  -ENOENT.  -EINVAL: it is
+ * QCOW2RS_BITMAP_IN_USE.  Others as qcow2rs_bitmap_remove. */
+int qcow2rs_bitmap_clear(struct qcow2rs_image *img, const char *name);
+
+/* [EXCL] Whether it records changes from now on.  Errors as
+ * qcow2rs_bitmap_clear. */
+int qcow2rs_bitmap_set_enabled(struct qcow2rs_image *img, const char *name,
+                               bool enabled);
+
+/* [EXCL] What is dirty in src is dirty in dst, too, whatever their
+ * granularities.  Errors as qcow2rs_bitmap_clear, for both. */
+int qcow2rs_bitmap_merge(struct qcow2rs_image *img, const char *dst,
+                         const char *src);
+
+/* [MT] Fills up to max extents from offset on, as qcow2rs_block_status, with
+ * flags QCOW2RS_BLOCK_DATA where the disk is dirty and 0 where it is not (and
+ * QCOW2RS_BLOCK_EOF); host_offset and depth are 0.  A range is dirty before
+ * anything of it changes.  -ENOENT.  -EINVAL: past the virtual size; the bitmap
+ * is QCOW2RS_BITMAP_IN_USE.  Others as qcow2rs_bitmap_count. */
+int qcow2rs_bitmap_status(struct qcow2rs_image *img, const char *name,
+                          uint64_t offset, uint64_t length,
+                          struct qcow2rs_extent *extents, int max);
 
 /* ------------------------------------------------- Queues: asynchronous I/O */
 

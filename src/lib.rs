@@ -35,6 +35,7 @@
 //! | `check` | counting what refers to clusters; comparing refcounts with it, mending them |
 //! | `image` | an open image and its chain: read, write, zero, discard, flush |
 //! | `snapshots` | internal snapshots: list, create, apply, delete, rename, open |
+//! | `bitmaps` | persistent dirty bitmaps: list, add, remove, clear, enable, merge, status |
 //! | `queue` | asynchronous requests on an image, driven by their caller |
 //! | `admin` | create, amend, measure, probe, check, resize |
 //! | `capi` | the C API |
@@ -67,6 +68,8 @@ pub mod image;
 
 pub mod snapshots;
 
+pub mod bitmaps;
+
 mod queue;
 
 pub mod admin;
@@ -88,6 +91,7 @@ pub use admin::create::{
 };
 pub use admin::preallocation::Preallocation;
 pub use admin::resize::ResizeOptions;
+pub use bitmaps::{BitmapInfo, DirtyRange};
 pub use check::{CheckResult, Finding, Observer, Severity};
 pub use error::{Error, ErrorKind, Result};
 pub use format::compression::Compression;

@@ -319,4 +319,25 @@ define! {
     TurnNotEnded,
     /// A request without a future that is over stays in the epoch.
     FlightStaysInEpoch,
+    // Bitmaps.
+    /// An open marks the bitmaps that record changes without a sync behind it.
+    BitmapMarkNotSynced,
+    /// A bitmap that is merged into, enabled or resized is marked without a sync.
+    BitmapChangeNotMarked,
+    /// The header names bitmaps that are not durable.
+    BitmapNamedEarly,
+    /// What a bitmap had in the file is free while the header names it.
+    BitmapFreedEarly,
+    /// Bitmaps do not record writes.
+    BitmapMissesWrite,
+    /// Bitmaps do not record writes that are done at once.
+    BitmapMissesWriteNow,
+    /// Bitmaps do not record writes without a future.
+    BitmapMissesFlight,
+    /// Bitmaps do not record compressed writes.
+    BitmapMissesCompressed,
+    /// Bitmaps do not record zeroes.
+    BitmapMissesZeroes,
+    /// Bitmaps do not record discards.
+    BitmapMissesDiscard,
 }

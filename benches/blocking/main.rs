@@ -110,6 +110,11 @@ fn targets() -> Vec<Target> {
         targets.push(Target { row, of: is_ours, to: is_qemu, least: Some(qemu), enough });
         targets.push(Target { row, of: is_ours, to: is_raw, least: Some(raw), enough: None });
     }
+    let recording = |who| who == Contender::Recording;
+    for row in [ALLOCATE, ALLOCATE_DIRECT, OVERWRITE] {
+        let (of, to): (Is, Is) = (recording, is_ours);
+        targets.push(Target { row, of, to, least: Some(0.97), enough: None });
+    }
     let row = READ_BY_TWO;
     let ours_by_two = |who| who == Contender::Ours(2);
     let raw_by_two = |who| who == Contender::Raw(2);
@@ -146,7 +151,8 @@ fn measure(row: &Row, files: &Files, options: &Options) -> Table {
         READ_BY_TWO => {
             vec![Contender::Ours(1), Contender::Ours(2), Contender::Raw(1), Contender::Raw(2)]
         }
-        _ => vec![Contender::Ours(1), Contender::Raw(1)],
+        READ => vec![Contender::Ours(1), Contender::Raw(1)],
+        _ => vec![Contender::Ours(1), Contender::Recording, Contender::Raw(1)],
     };
     if !row.allocating {
         files.warm();

@@ -19,6 +19,8 @@ use crate::common::{FILL, Layout, Operation, Page};
 pub enum Contender {
     /// This library, called by so many threads on one handle.
     Ours(u64),
+    /// The same, while a dirty bitmap records.
+    Recording,
     /// pread and pwrite on a raw file, called by so many threads.
     Raw(u64),
     Qemu(Aio),
@@ -29,6 +31,7 @@ impl Contender {
         match self {
             Contender::Ours(1) => "qcow2rs".to_owned(),
             Contender::Ours(threads) => format!("qcow2rs, {threads} threads"),
+            Contender::Recording => "qcow2rs, with a bitmap".to_owned(),
             Contender::Raw(1) => "raw file".to_owned(),
             Contender::Raw(threads) => format!("raw file, {threads} threads"),
             Contender::Qemu(aio) => format!("QEMU, {}", aio.name()),
@@ -39,6 +42,7 @@ impl Contender {
     fn file(self) -> &'static str {
         match self {
             Contender::Ours(_) => "qcow2rs.qcow2",
+            Contender::Recording => "bitmap.qcow2",
             Contender::Qemu(_) => "qemu.qcow2",
             Contender::Raw(_) => "sparse.raw",
         }
@@ -63,7 +67,8 @@ impl Row {
     pub fn run(&self, contender: Contender, files: &Files, round: usize) -> Result<f64, String> {
         let path = self.prepare(contender, files, round);
         let seconds = match contender {
-            Contender::Ours(threads) => self.run_ours(threads, &path),
+            Contender::Ours(threads) => self.run_ours(threads, &path, false),
+            Contender::Recording => self.run_ours(1, &path, true),
             Contender::Raw(threads) => self.run_raw(threads, &path),
             Contender::Qemu(aio) => {
                 let (operation, direct, pattern) = (self.operation, self.direct, &self.pattern);
@@ -83,14 +88,18 @@ impl Row {
         if !self.allocating {
             return match contender {
                 Contender::Raw(_) => files.raw.clone(),
-                Contender::Ours(_) | Contender::Qemu(_) => files.full.clone(),
+                Contender::Ours(_) | Contender::Recording | Contender::Qemu(_) => {
+                    files.full.clone()
+                }
             };
         }
         let path = self.fresh(contender, files, round);
         let size = self.pattern.size;
         let layout = Layout { size, cluster: CLUSTER, extended: true };
         match contender {
-            Contender::Ours(_) => disk::create(&path, &files.base, c"raw", layout),
+            Contender::Ours(_) | Contender::Recording => {
+                disk::create(&path, &files.base, c"raw", layout)
+            }
             Contender::Qemu(_) => {
                 // Tried before in another way.
                 let _ = std::fs::remove_file(&path);
@@ -118,19 +127,31 @@ impl Row {
     /// Removes the files of allocating runs.
     pub fn tidy(&self, files: &Files, rounds: usize) {
         for round in 0..rounds {
-            for who in [Contender::Ours(1), Contender::Qemu(Aio::Threads), Contender::Raw(1)] {
+            for who in [
+                Contender::Ours(1),
+                Contender::Recording,
+                Contender::Qemu(Aio::Threads),
+                Contender::Raw(1),
+            ] {
                 // Not all have been there.
                 let _ = std::fs::remove_file(self.fresh(who, files, round));
             }
         }
     }
 
-    fn run_ours(&self, threads: u64, path: &Path) -> f64 {
+    fn run_ours(&self, threads: u64, path: &Path, recording: bool) -> f64 {
         let disk = Disk::open(path, self.direct, &[]);
+        if recording {
+            disk.record(true);
+        }
         let seconds = match self.operation {
             Operation::Read => self.timed(threads, |page, offset| disk.read(page, offset)),
             Operation::Write => self.timed(threads, |page, offset| disk.write(&page.0, offset)),
         };
+        if recording {
+            // The file is to be the same for who comes next.
+            disk.record(false);
+        }
         disk.close();
         seconds
     }

@@ -114,6 +114,19 @@ impl Disk {
         check(unsafe { (self.write)(self.image, address, length, offset, 0) }, "pwrite");
     }
 
+    /// A dirty bitmap records everything from now on; or that is over.
+    pub fn record(&self, on: bool) {
+        let name = c"bench".as_ptr();
+        // SAFETY: an open image, which nobody uses just now, and a string.
+        let result = unsafe {
+            match on {
+                true => capi::qcow2rs_bitmap_add(self.image, name, 0, capi::QCOW2RS_BITMAP_AUTO),
+                false => capi::qcow2rs_bitmap_remove(self.image, name),
+            }
+        };
+        check(result, "bitmap");
+    }
+
     /// For functions that are not offered here.
     pub fn handle(&self) -> *mut qcow2rs_image {
         self.image

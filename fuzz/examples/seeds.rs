@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use qcow2rs::format::header::Header;
 use qcow2rs_fuzz::images::{IMAGES, KINDS};
 use qcow2rs_fuzz::support::dissect::{Dissected, OFFSET, field};
 
@@ -29,6 +30,8 @@ fn of_qemu(directory: &Path, options: &str, commands: &[&str]) -> Vec<u8> {
     run("qemu-io", &args);
     if !options.contains("0.10") {
         run("qemu-img", &["bitmap", "--add", "--disable", path, "b"]);
+        run("qemu-img", &["bitmap", "--add", "-g", "512", path, "c"]);
+        run("qemu-io", &["-f", "qcow2", "-c", "write -P 9 3k 1k", path]);
     }
     run("qemu-img", &["snapshot", "-c", "one", path]);
     std::fs::read(path).expect("QEMU has made it")
@@ -50,6 +53,13 @@ fn put_parts(name: &str, image: &Dissected) {
         let start = image.u64(field::SNAPSHOTS_OFFSET);
         let table = &image.bytes[start as usize..end as usize];
         put("parsers", &format!("snapshots-{name}"), table, 1);
+    }
+    if let Ok(header) = Header::parse(&image.bytes) {
+        if let Some(place) = header.extensions.bitmaps {
+            let start = place.directory_offset as usize;
+            let directory = &image.bytes[start..start + place.directory_size as usize];
+            put("parsers", &format!("bitmaps-{name}"), directory, 2);
+        }
     }
     if let Some(table) = (0..image.l1_size()).map(|i| image.l1(i) & OFFSET).find(|at| *at != 0) {
         let entries = &image.bytes[table as usize..][..256];

@@ -36,6 +36,32 @@ fn look(disk: &MemoryDisk, image: &Image) {
     }
 }
 
+/// Bitmaps are listed, and each of them is looked at; names.
+fn look_at_bitmaps(disk: &MemoryDisk, image: &Image) -> Vec<Vec<u8>> {
+    let (mut infos, size) = (Vec::new(), image.size());
+    expect(bounded(disk, || image.bitmaps()).map(|found| infos = found));
+    for info in infos.iter().take(8) {
+        let status = bounded(disk, || image.bitmap_status(&info.name, 0, size, 16, &mut |_| {}));
+        expect(status);
+    }
+    infos.into_iter().map(|info| info.name).take(8).collect()
+}
+
+/// Everything that can be done to bitmaps.
+fn change_bitmaps(disk: &MemoryDisk, image: &Image) {
+    let names = look_at_bitmaps(disk, image);
+    expect(bounded(disk, || image.bitmap_add(b"fuzz", 1 << 16, true)));
+    for (turn, name) in names.iter().enumerate() {
+        expect(bounded(disk, || image.bitmap_merge(b"fuzz", name)));
+        expect(bounded(disk, || image.bitmap_set_enabled(name, turn % 2 == 0)));
+        expect(match turn % 3 {
+            0 => bounded(disk, || image.bitmap_merge(name, b"fuzz")),
+            1 => bounded(disk, || image.bitmap_clear(name)),
+            _ => bounded(disk, || image.bitmap_remove(name)),
+        });
+    }
+}
+
 fn change(disk: &MemoryDisk, image: &Image) {
     let size = image.size();
     let data = vec![GUEST; REQUEST.min(size) as usize];
@@ -59,11 +85,14 @@ fuzz_target!(|data: &[u8]| {
     let (small, reader) = (how & 1 != 0, disk());
     if let Some(image) = open(&reader, &options(false, small)) {
         look(&reader, &image);
+        look_at_bitmaps(&reader, &image);
         assert_eq!(reader.writes(), 0, "a reader has written");
     }
     let writer = disk();
     if let Some(image) = open(&writer, &options(true, small)) {
         look(&writer, &image);
+        change(&writer, &image);
+        change_bitmaps(&writer, &image);
         change(&writer, &image);
         expect(bounded(&writer, || image.close()));
         let before = Dissected::of(file.to_vec());

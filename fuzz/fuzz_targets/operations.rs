@@ -86,12 +86,36 @@ impl Bench<'_> {
                 image.block_status(at, length, flags & 1 != 0, 64, &mut |_| {})
             }),
             13 => return self.reopen(flags),
+            14 => return self.change_bitmaps(flags),
             _ => {
                 self.read(at, length);
                 Ok(())
             }
         };
         self.judge(done);
+        true
+    }
+
+    /// One of two bitmaps is there, or not; what is stored of them must not hurt anybody.
+    fn change_bitmaps(&mut self, how: u64) -> bool {
+        let (image, name) = (&self.image, [&b"a"[..], b"b"][self.choices.below(2) as usize]);
+        let done = bounded(&self.disk, || match how {
+            0 => image.bitmap_add(name, 512 << (name[0] & 3), true),
+            1 => image.bitmap_remove(name),
+            2 => image.bitmap_merge(name, b"a"),
+            _ => image.bitmap_set_enabled(name, false),
+        });
+        match done.as_ref().map_err(|error| error.kind()) {
+            // What is there already, or not there, or cannot be in this image.
+            Err(
+                ErrorKind::NotFound
+                | ErrorKind::Exists
+                | ErrorKind::InvalidArgument
+                | ErrorKind::NotSupported
+                | ErrorKind::Limit,
+            ) => {}
+            _ => self.judge(done),
+        }
         true
     }
 

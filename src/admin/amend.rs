@@ -193,6 +193,10 @@ impl Disk {
         Changed { result, disk }
     }
 
+    fn has_bitmaps(&self) -> bool {
+        self.bitmaps_now().is_some_and(|bitmaps| !bitmaps.list.is_empty())
+    }
+
     /// Whether the change is one that zero clusters in snapshots are in the way of.
     async fn snapshots_have_zeroes<E: Engine>(
         &self,
@@ -202,9 +206,8 @@ impl Disk {
         let snapshots = &self.snapshot_table(engine).await?.list;
         let Some(image) = self.top() else { return unsupported("a raw image has no options") };
         image.writing()?;
-        let Some(plan) = plan(image, snapshots, options)?.filter(|plan| plan.expand) else {
-            return Ok(false);
-        };
+        let plan = plan(image, snapshots, self.has_bitmaps(), options)?;
+        let Some(plan) = plan.filter(|plan| plan.expand) else { return Ok(false) };
         self.check_reload(&plan.header)?;
         for snapshot in snapshots {
             let l1 = l1_of(engine, image, snapshot).await?;
@@ -245,7 +248,8 @@ impl Disk {
         let snapshots = &self.snapshot_table(engine).await?.list;
         let Some(image) = self.top() else { return unsupported("a raw image has no options") };
         image.writing()?;
-        let Some(plan) = plan(image, snapshots, options)? else { return Ok(None) };
+        let plan = plan(image, snapshots, self.has_bitmaps(), options)?;
+        let Some(plan) = plan else { return Ok(None) };
         // The options of opening may want what the image is not to have any more.
         self.check_reload(&plan.header)?;
         if plan.expand && !mutant!(AmendZeroesKept) {
@@ -256,7 +260,12 @@ impl Disk {
 }
 
 /// What is to become of an image, if it can be; `None`: it is that already.
-fn plan(image: &Qcow2, snapshots: &[Snapshot], options: &AmendOptions) -> Result<Option<Plan>> {
+fn plan(
+    image: &Qcow2,
+    snapshots: &[Snapshot],
+    bitmaps: bool,
+    options: &AmendOptions,
+) -> Result<Option<Plan>> {
     let old = &image.header;
     check_unchanged(old, options)?;
     let mut header = old.clone();
@@ -283,7 +292,7 @@ fn plan(image: &Qcow2, snapshots: &[Snapshot], options: &AmendOptions) -> Result
             return Err(Error::invalid("lazy refcounts need version 3 (compat=1.1)"));
         }
         if old.version > 2 {
-            check_downgrade(old, snapshots)?;
+            check_downgrade(old, snapshots, bitmaps)?;
         }
         header.incompatible = 0;
         header.compatible = 0;
@@ -343,7 +352,7 @@ fn amend_data_file(header: &mut Header, options: &AmendOptions) -> Result<()> {
 }
 
 /// Whether version 2 can say what a version 3 image says.
-fn check_downgrade(old: &Header, snapshots: &[Snapshot]) -> Result<()> {
+fn check_downgrade(old: &Header, snapshots: &[Snapshot], bitmaps: bool) -> Result<()> {
     if old.external_data_file() {
         return unsupported("version 2 (compat=0.10) knows no external data file");
     }
@@ -356,7 +365,7 @@ fn check_downgrade(old: &Header, snapshots: &[Snapshot]) -> Result<()> {
     if old.incompatible & !incompatible::DIRTY != 0 {
         return unsupported("version 2 (compat=0.10) knows no incompatible features");
     }
-    if old.extensions.bitmaps.is_some() {
+    if bitmaps {
         return unsupported("version 2 (compat=0.10) knows no bitmaps: remove them first");
     }
     if !old.unknown_fields.is_empty() {

@@ -34,6 +34,7 @@ use crate::format::header::Header;
 use crate::format::l2::COPIED;
 use crate::format::limits::{OFFSET_MASK, max_virtual_size};
 use crate::geometry::{DataOffset, GuestCluster, HostOffset};
+use crate::image::bitmaps::Bitmaps;
 use crate::image::disk::{Disk, Layer, Raw};
 use crate::image::handle::{Image, Replacement};
 use crate::image::qcow2::Qcow2;
@@ -70,8 +71,8 @@ impl Image {
     /// of this geometry is that large; `Limit` past "max-virtual-size" and
     /// "max-metadata-size"; `NoSpace`; `ReadOnly`; `Cancelled`; `NotSupported` for
     /// version 2 images that have snapshots, or a backing file that is longer than the
-    /// disk was; for images with bitmaps; for raw images, modes and storages that cannot do
-    /// it. After any of these the image is as it was.
+    /// disk was; for images with a bitmap that is out of date; for raw images, modes and
+    /// storages that cannot do it. After any of these the image is as it was.
     pub fn resize(&self, size: u64, options: &ResizeOptions, progress: Progress<'_>) -> Result<()> {
         self.alter(|disk| block_on(disk.resize(&Blocking, size, options, progress)).into())
     }
@@ -116,18 +117,32 @@ impl Disk {
         if let Err(error) = self.zero_last_cluster(engine, image, size).await {
             return unchanged(Err(error));
         }
+        let mut bitmaps = self.bitmaps_now().cloned().unwrap_or_default();
+        let resized = match self.resize_bitmaps(engine, image, size, &mut bitmaps).await {
+            Ok(resized) => resized,
+            Err(error) => return Changed { result: Err(error), disk: self.with_marks(bitmaps) },
+        };
         let mut operation = match Operation::begin(engine, self).await {
             Ok(operation) => operation,
-            Err(error) => return unchanged(Err(error)),
+            Err(error) => return Changed { result: Err(error), disk: self.with_marks(bitmaps) },
         };
         let result = match size < self.size() {
             true => shrink(&mut operation, size, progress).await,
             false => grow(&mut operation, size, options.preallocation, progress).await,
         };
-        let changed = operation.finish(result).await;
+        let mut changed = operation.finish(result).await;
+        let as_it_was = matches!(changed.disk, Replacement::None);
+        changed.disk = match changed.disk {
+            Replacement::None => self.with_marks(bitmaps),
+            Replacement::Disk(disk) => {
+                let bitmaps = if disk.size() == size { resized } else { bitmaps };
+                Replacement::Disk(Box::new(disk.with_bitmaps(bitmaps)))
+            }
+            Replacement::Closed => Replacement::Closed,
+        };
         match (&changed.result, &changed.disk) {
             (Ok(()), Replacement::Disk(disk)) if size < self.size() => disk.cut_files(engine).await,
-            (Err(_), Replacement::None) => {
+            (Err(_), _) if as_it_was => {
                 if let (Some(file), Some(length)) = (&image.data_file, data_length) {
                     // What was to be part of the disk is not; that it goes is no news.
                     _ = data_length::cut(engine, file, length).await;
@@ -181,12 +196,37 @@ impl Disk {
                  what is there",
             );
         }
-        if header.extensions.bitmaps.is_some() {
-            return unsupported("there are bitmaps, which cannot follow the size");
-        }
         let mut header = Header { size, ..header.clone() };
         header.l1_size = (header.l1_entries_needed() as u32).max(1);
         self.check_reload(&header)
+    }
+
+    /// The bitmaps of a disk of another size. Those of this one, `bitmaps`, are out of date
+    /// in the file from now on, durably: their tables are not those of the other size.
+    async fn resize_bitmaps<E: Engine>(
+        &self,
+        engine: &E,
+        image: &Qcow2,
+        size: u64,
+        bitmaps: &mut Bitmaps,
+    ) -> Result<Bitmaps> {
+        let mut resized = bitmaps.resized(image.geometry(), size)?;
+        self.check_bitmaps(resized.bytes())?;
+        if bitmaps.mark(engine, image, |_, _| true).await? && !mutant!(BitmapChangeNotMarked) {
+            image.writing()?.allocator.barrier(engine, &image.storage).await?;
+        }
+        for (to, from) in resized.list.iter_mut().zip(&bitmaps.list) {
+            to.entry.clone_from(&from.entry);
+        }
+        Ok(resized)
+    }
+
+    /// This disk with bitmaps that are marked in the file.
+    fn with_marks(&self, bitmaps: Bitmaps) -> Replacement {
+        match bitmaps.list.is_empty() {
+            true => Replacement::None,
+            false => Replacement::Disk(Box::new(self.replaced(bitmaps))),
+        }
     }
 
     /// Whether what is below has something behind this offset.

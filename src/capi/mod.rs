@@ -74,6 +74,9 @@ pub use amend::*;
 mod snapshots;
 pub use snapshots::*;
 
+mod bitmaps;
+pub use bitmaps::*;
+
 mod queue;
 pub use queue::*;
 

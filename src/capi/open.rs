@@ -135,10 +135,11 @@ pub unsafe extern "C" fn qcow2rs_open_fd(
     entry!(|call| open(call, || self::fd(fd), opts, out))
 }
 
-/// Drains requests in flight, destroys remaining queues, flushes, clears the
-/// dirty bit, releases.  -EBUSY: another thread is inside a call; the handle is
-/// kept.  Whatever else is returned, the handle is gone and set to NULL; the
-/// value tells of a flush error.
+/// Drains requests in flight, destroys remaining queues, flushes, stores
+/// persistent bitmaps, clears the dirty bit, releases.  -EBUSY: another thread
+/// is inside a call; the handle is kept.  Whatever else is returned, the handle
+/// is gone and set to NULL; the value tells of a flush error, or that bitmaps
+/// could not be stored and are out of date (QCOW2RS_BITMAP_IN_USE) now.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_close(img: *mut *mut qcow2rs_image) -> c_int {
     entry!(|call| release(call, img, Image::close))

@@ -152,7 +152,7 @@ fn given(call: &Call, meta: *const qcow2rs_snapshot_info, size: usize) -> Result
 /// [EXCL] The active state, the size of the disk and VM state included, is
 /// replaced; durable on return.  id_or_name: the id is tried first.  -ENOENT.
 /// -ENOTSUP: a snapshot of another size, in a version 2 image or beside
-/// bitmaps.  Otherwise as qcow2rs_snapshot_create.
+/// bitmaps; a bitmap that is enabled.  Otherwise as qcow2rs_snapshot_create.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_snapshot_apply(
     img: *mut qcow2rs_image,

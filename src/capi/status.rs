@@ -70,7 +70,7 @@ impl qcow2rs_extent {
 }
 
 /// The caller's array, being filled.
-struct Array {
+pub(super) struct Array {
     first: *mut qcow2rs_extent,
     filled: c_int,
     max: c_int,
@@ -80,11 +80,22 @@ struct Array {
 unsafe impl Send for Array {}
 
 impl Array {
-    fn push(&mut self, extent: &Extent) {
+    /// Room for `max` extents from `first` on.
+    pub(super) fn new(first: *mut qcow2rs_extent, max: c_int) -> Array {
+        Array { first, filled: 0, max }
+    }
+
+    /// How many there are.
+    pub(super) fn filled(&self) -> c_int {
+        self.filled
+    }
+
+    /// Adds one, if there is room.
+    pub(super) fn push(&mut self, extent: qcow2rs_extent) {
         if self.filled < self.max {
             // SAFETY: 0 <= filled < max, the length of the array, which is
             // writable (the caller's promise).
-            unsafe { self.first.add(self.filled as usize).write(qcow2rs_extent::new(extent)) };
+            unsafe { self.first.add(self.filled as usize).write(extent) };
             self.filled += 1;
         }
     }
@@ -112,10 +123,10 @@ pub unsafe extern "C" fn qcow2rs_block_status(
             _ if flags & QCOW2RS_STATUS_ONE != 0 => 1,
             max => max,
         };
-        let mut array = Array { first, filled: 0, max };
+        let mut array = Array::new(first, max);
         let this_layer = flags & QCOW2RS_STATUS_THIS_LAYER != 0;
         let result = image.block_status(offset, length, this_layer, max as usize, &mut |extent| {
-            array.push(&extent);
+            array.push(qcow2rs_extent::new(&extent));
         });
         match result {
             // What comes behind the error is the next call's, and so is the

@@ -154,7 +154,7 @@ impl Extensions {
                 FEATURE_NAMES => extensions.feature_names = Some(parse_names(data)),
                 CRYPTO => extensions.crypto = Some(CryptoExt::parse(data, fields)?),
                 // A stale extension is not even looked into.
-                BITMAPS if data.len() == 24 && !fields.bitmaps_valid => {
+                BITMAPS if data.len() == BitmapsExt::BYTES && !fields.bitmaps_valid => {
                     extensions.stale_bitmaps = true;
                 }
                 BITMAPS => extensions.bitmaps = Some(BitmapsExt::parse(data, fields.geometry)?),
@@ -174,6 +174,19 @@ impl Extensions {
             .last()
             .map(|(_, data)| parse_names(data))
             .unwrap_or_default()
+    }
+
+    /// Where in an area the content of the bitmaps extension begins that counts.
+    pub(super) fn bitmaps_at(area: &[u8]) -> Option<usize> {
+        let mut records = Records { area: Reader::new(area) };
+        let mut found = None;
+        while let Some(Ok((magic, data))) = records.next() {
+            if magic == BITMAPS && data.len() == BitmapsExt::BYTES {
+                let behind = area.len() - records.area.remaining();
+                found = behind.checked_sub(BitmapsExt::BYTES);
+            }
+        }
+        found
     }
 
     /// Appends all extensions in QEMU's order, with the end marker. `names`
@@ -200,12 +213,7 @@ impl Extensions {
             append(out, FEATURE_NAMES, &known_names());
         }
         if let Some(bitmaps) = &self.bitmaps {
-            let mut data = Vec::with_capacity(24);
-            data.extend(bitmaps.count.to_be_bytes());
-            data.extend([0; 4]);
-            data.extend(bitmaps.directory_size.to_be_bytes());
-            data.extend(bitmaps.directory_offset.to_be_bytes());
-            append(out, BITMAPS, &data);
+            append(out, BITMAPS, &bitmaps.to_bytes());
         }
         for (magic, data) in &self.unknown {
             append(out, *magic, data);
@@ -215,11 +223,23 @@ impl Extensions {
 }
 
 impl BitmapsExt {
+    const BYTES: usize = 24;
+
+    /// As it is stored.
+    pub(super) fn to_bytes(self) -> Vec<u8> {
+        let mut data = Vec::with_capacity(BitmapsExt::BYTES);
+        data.extend(self.count.to_be_bytes());
+        data.extend([0; 4]);
+        data.extend(self.directory_size.to_be_bytes());
+        data.extend(self.directory_offset.to_be_bytes());
+        data
+    }
+
     fn parse(data: &[u8], geometry: Geometry) -> Result<BitmapsExt> {
         let mut fields = Reader::new(data);
         let read = (|| Some((fields.u32()?, fields.u32()?, fields.u64()?, fields.u64()?)))();
         let Some((count, reserved, directory_size, directory_offset)) =
-            read.filter(|_| data.len() == 24)
+            read.filter(|_| data.len() == BitmapsExt::BYTES)
         else {
             return Err(bad(format!("the bitmaps extension has {} bytes, not 24", data.len())));
         };

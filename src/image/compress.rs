@@ -28,9 +28,11 @@ impl Disk {
         offset: u64,
         flags: WriteFlags,
     ) -> Result<()> {
-        match flags.compressed {
-            true => self.write_compressed(engine, data, offset, flags.fua).await,
-            false => self.write(engine, data, offset, flags.fua).await,
+        match (flags.compressed, flags.unchanged) {
+            (true, true) => self.compress_unrecorded(engine, data, offset, flags.fua).await,
+            (true, false) => self.write_compressed(engine, data, offset, flags.fua).await,
+            (false, true) => self.write_unrecorded(engine, data, offset, flags.fua).await,
+            (false, false) => self.write(engine, data, offset, flags.fua).await,
         }
     }
 
@@ -42,6 +44,19 @@ impl Disk {
     /// later) already and the data can be compressed: clusters before it have been
     /// written then.
     pub async fn write_compressed<E: Engine>(
+        &self,
+        engine: &E,
+        data: Piece<'_>,
+        offset: u64,
+        fua: bool,
+    ) -> Result<()> {
+        self.check_range(offset, data.len() as u64)?;
+        self.record_unless(mutant!(BitmapMissesCompressed), offset..offset + data.len() as u64);
+        self.compress_unrecorded(engine, data, offset, fua).await
+    }
+
+    /// As `write_compressed`, of what the guest sees already: bitmaps do not record it.
+    async fn compress_unrecorded<E: Engine>(
         &self,
         engine: &E,
         data: Piece<'_>,

@@ -26,6 +26,7 @@ impl Disk {
     pub async fn discard<E: Engine>(&self, engine: &E, offset: u64, length: u64) -> Result<()> {
         self.check_range(offset, length)?;
         let range = offset..offset + length;
+        self.record_unless(mutant!(BitmapMissesDiscard), range.clone());
         let done = match self.layers.first() {
             Some(Layer::Raw(raw)) => {
                 raw.check_writable()?;

@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use super::bitmaps::Bitmaps;
+use super::bitmaps::bits::Bits;
 use super::cleaning::Cleaning;
 use super::inflated::Inflated;
 use super::options::OpenOptions;
@@ -33,6 +35,11 @@ pub struct Disk {
     pub(super) cleaning: Cleaning,
     /// What says that this is a snapshot, if it is one.
     pub view: Option<Arc<View>>,
+    /// Its persistent bitmaps: known from the beginning where it is open for writing.
+    pub(super) bitmaps: OnceLock<Bitmaps>,
+    /// The bits of those that record changes. Bound to the disk, so that requests ask
+    /// nobody: who changes the list makes another disk.
+    pub(super) recording: Vec<Arc<Bits>>,
     /// The same image with what lies behind its end, once that is asked for.
     pub(super) vm_state: OnceLock<Box<Disk>>,
     pub(super) size: u64,
@@ -209,9 +216,19 @@ impl Disk {
     pub fn new(layers: Vec<Layer>, options: OpenOptions) -> Disk {
         let (requests, inflated) = (Requests::default(), Inflated::default());
         let size = layers.first().map_or(0, Layer::size);
-        let vm_state = OnceLock::new();
         let cleaning = Cleaning::every(options.cache_clean_interval);
-        Disk { layers, options, requests, inflated, cleaning, view: None, vm_state, size }
+        Disk {
+            layers,
+            options,
+            requests,
+            inflated,
+            cleaning,
+            view: None,
+            bitmaps: OnceLock::new(),
+            recording: Vec::new(),
+            vm_state: OnceLock::new(),
+            size,
+        }
     }
 
     /// The same chain as a disk that ends later, for what is to be done behind the end

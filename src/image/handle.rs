@@ -46,15 +46,15 @@ pub struct WriteFlags {
     /// usual. `InvalidArgument` for parts of clusters; `EIO` where a cluster is
     /// allocated, unless it is a compressed one, which is replaced.
     pub compressed: bool,
-    /// The guest-visible data does not change.
+    /// The guest-visible data does not change: bitmaps do not record it.
     pub unchanged: bool,
 }
 
 impl WriteFlags {
-    /// Whether writing in place is all that there is to it.
+    /// Whether writing in place, and recording it, is all that there is to it.
     #[inline]
     pub(crate) fn are_plain(self) -> bool {
-        !self.fua && !self.compressed
+        !self.fua && !self.compressed && !self.unchanged
     }
 }
 
@@ -214,7 +214,7 @@ impl Image {
         Ok(Exclusive { doors, image: self })
     }
 
-    /// Waits for the requests of queues, flushes and releases. `Busy` if another
+    /// Waits for the requests of queues, flushes, stores bitmaps and releases. `Busy` if another
     /// thread is inside a call, of a queue or not: the image stays as it was. After
     /// any other result the image is closed, and all calls but drop are errors, as
     /// are requests of its queues.
@@ -228,7 +228,7 @@ impl Image {
         self.queues.finish().await?;
         // After a panic there is nothing to settle: it is released as it is.
         let settled = match self.disk() {
-            Ok(disk) => disk.settle(engine).await,
+            Ok(disk) => disk.put_away(engine, &mut None).await,
             Err(error) => Err(error),
         };
         all.replace(None);
@@ -303,31 +303,29 @@ impl Image {
         let old = self.disk()?;
         views::refuse(&old.view, "opening it in another way")?;
         let options = &options(&old.options)?;
-        block_on(old.settle(&Blocking))?;
-        let Some(top) = old.layers.first() else { return Err(closed()) };
-        let storage = top.storage().change_access(access(options))?;
-        let data_file = match top.data_file() {
-            Some(file) => file.change_access(data_access(options)).map(Some),
-            None => Ok(None),
+        let mut stored = None;
+        let error = match block_on(old.put_away(&Blocking, &mut stored)) {
+            Ok(()) => match old.open_again(options) {
+                Ok(disk) => {
+                    all.replace(Some(Arc::new(disk)));
+                    return Ok(());
+                }
+                Err(error) => error,
+            },
+            Err(error) => error,
         };
-        let opened = data_file
-            .and_then(|file| block_on(Disk::open_storages(&Blocking, storage, file, options)))
-            .and_then(|disk| {
-                disk.layers.first().map_or(Ok(()), Layer::settle_locks)?;
-                Ok(disk)
-            });
-        match opened {
-            Ok(disk) => {
-                all.replace(Some(Arc::new(disk)));
-                Ok(())
-            }
-            Err(error) => {
-                // The lock was held all the time; should it not go back to what it
-                // was, it is too strong at worst.
-                _ = top.settle_locks();
-                Err(error)
+        if stored.is_some() {
+            // It goes on, with bitmaps that are out of date in the file again.
+            match block_on(old.reload_with(&Blocking, stored)) {
+                Ok(disk) => all.replace(Some(Arc::new(disk))),
+                Err(second) => {
+                    all.replace(None);
+                    let text = format!("{}; the image is closed", error.message());
+                    return Err(second.context(text));
+                }
             }
         }
+        Err(error)
     }
 
     /// Size of the virtual disk in bytes; 0 when closed.
@@ -342,7 +340,7 @@ impl Image {
 
     /// The same as JSON, in the members of `qemu-img info --output=json`.
     pub fn info_json(&self) -> Result<String> {
-        Ok(self.info()?.to_json())
+        Ok(block_on(self.disk()?.info_with_bitmaps(&Blocking))?.to_json())
     }
 
     /// Counters since open.
@@ -447,5 +445,27 @@ impl Disk {
             },
             _ => self.flush(engine).await,
         }
+    }
+
+    /// The same storage and its chain, opened with other options. Settled before.
+    fn open_again(&self, options: &OpenOptions) -> Result<Disk> {
+        let Some(top) = self.layers.first() else { return Err(closed()) };
+        let storage = top.storage().change_access(access(options))?;
+        let data_file = match top.data_file() {
+            Some(file) => file.change_access(data_access(options)).map(Some),
+            None => Ok(None),
+        };
+        let opened = data_file
+            .and_then(|file| block_on(Disk::open_storages(&Blocking, storage, file, options)))
+            .and_then(|disk| {
+                disk.layers.first().map_or(Ok(()), Layer::settle_locks)?;
+                Ok(disk)
+            });
+        if opened.is_err() {
+            // The lock was held all the time; should it not go back to what it was, it is
+            // too strong at worst.
+            _ = top.settle_locks();
+        }
+        opened
     }
 }

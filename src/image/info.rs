@@ -3,10 +3,14 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::bitmaps::load::read_directory;
+use super::bitmaps::{Bitmap, Bitmaps};
 use super::disk::{Disk, Layer};
 use super::options::Format;
 use super::qcow2::Qcow2;
 use crate::error::{Error, Result};
+use crate::format::bitmap::{AUTO, BitmapEntry, IN_USE};
+use crate::io::engine::Engine;
 use crate::io::storage::Storage;
 
 /// What an open image is. Sizes are in bytes.
@@ -57,6 +61,9 @@ pub struct Qcow2Info {
     pub snapshot_count: u32,
     /// Number of persistent bitmaps.
     pub bitmap_count: u32,
+    /// What is known of them without reading their bits; empty if the image is open
+    /// read-only, but in [`info_json`](super::handle::Image::info_json).
+    pub bitmaps: Vec<StoredBitmap>,
     /// Feature bits as stored.
     pub incompatible: u64,
     /// Feature bits as stored.
@@ -69,6 +76,19 @@ pub struct Qcow2Info {
     pub backing: Option<StoredReference>,
     /// The name of the external data file as the header has it.
     pub data_file: Option<Vec<u8>>,
+}
+
+/// A persistent bitmap as an image has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredBitmap {
+    /// The name.
+    pub name: Vec<u8>,
+    /// Bytes of the disk that one bit stands for.
+    pub granularity: u32,
+    /// It is out of date.
+    pub in_use: bool,
+    /// It records changes.
+    pub auto: bool,
 }
 
 /// A reference exactly as the header stores it.
@@ -116,6 +136,7 @@ impl Qcow2 {
             compression_type: u32::from(header.compression),
             snapshot_count: header.snapshot_count,
             bitmap_count: header.extensions.bitmaps.as_ref().map_or(0, |ext| ext.count),
+            bitmaps: Vec::new(),
             incompatible: self.incompatible(),
             compatible: header.compatible,
             autoclear: header.autoclear,
@@ -129,17 +150,53 @@ impl Qcow2 {
     }
 }
 
+impl StoredBitmap {
+    fn of(bitmap: &Bitmap) -> StoredBitmap {
+        StoredBitmap {
+            name: bitmap.name.clone(),
+            granularity: 1 << bitmap.granularity_bits,
+            in_use: bitmap.bits.is_none(),
+            auto: bitmap.enabled,
+        }
+    }
+
+    fn from_entry(entry: BitmapEntry) -> StoredBitmap {
+        StoredBitmap {
+            name: entry.name,
+            granularity: 1 << entry.granularity_bits,
+            in_use: entry.flags & IN_USE != 0,
+            auto: entry.flags & AUTO != 0,
+        }
+    }
+}
+
 impl Disk {
+    /// As `info`, with bitmaps also of an image that is open read-only; without them if
+    /// they are malformed.
+    pub async fn info_with_bitmaps<E: Engine>(&self, engine: &E) -> Result<Info> {
+        let mut info = self.info()?;
+        if let (Some(to), Some(image), None) = (&mut info.qcow2, self.top(), self.bitmaps_now()) {
+            let mut budget = self.budget_beside()?;
+            let entries = read_directory(engine, image, &mut budget).await.unwrap_or_default();
+            to.bitmaps = entries.into_iter().map(StoredBitmap::from_entry).collect();
+        }
+        Ok(info)
+    }
+
     /// What this disk's own image is.
     pub fn info(&self) -> Result<Info> {
         let Some(top) = self.layers.first() else {
             return Err(Error::invalid("a disk without an image"));
         };
         let storage = top.storage();
-        let (format, qcow2) = match top {
+        let (format, mut qcow2) = match top {
             Layer::Qcow2(image) => (Format::Qcow2, Some(image.info())),
             Layer::Raw(_) => (Format::Raw, None),
         };
+        if let (Some(info), Some(bitmaps)) = (&mut qcow2, self.bitmaps_now()) {
+            info.bitmap_count = bitmaps.list.len() as u32;
+            info.bitmaps = bitmaps.list.iter().map(StoredBitmap::of).collect();
+        }
         let granule = qcow2.as_ref().map_or(1, |qcow2| qcow2.subcluster_size);
         Ok(Info {
             virtual_size: top.size(),
@@ -186,6 +243,7 @@ impl Disk {
         stats.l2_cache_hits = requests.saturating_sub(stats.l2_cache_misses);
         stats.l2_cache_evictions = image.l2.evictions();
         stats.metadata_bytes = image.l2.bytes() + image.l1.len() as u64 * 8;
+        stats.metadata_bytes += self.bitmaps_now().map_or(0, Bitmaps::bytes);
         if let Some(writing) = &image.writing {
             stats.cow_bytes = writing.cow_bytes.load(Relaxed);
             let allocator = &writing.allocator;

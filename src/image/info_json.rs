@@ -54,6 +54,17 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         let lazy = qcow2.compatible & compatible::LAZY_REFCOUNTS != 0;
         json.member("lazy-refcounts").switch(lazy);
     }
+    if !qcow2.bitmaps.is_empty() {
+        json.member("bitmaps").array(qcow2.bitmaps.iter(), |json, bitmap| {
+            json.object(|json| {
+                let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+                let flags = flags.iter().filter(|(set, _)| *set);
+                json.member("flags").array(flags, |json, (_, flag)| json.string(flag));
+                json.member("name").string(&String::from_utf8_lossy(&bitmap.name));
+                json.member("granularity").number(bitmap.granularity.into());
+            });
+        });
+    }
     json.member("refcount-bits").number(qcow2.refcount_bits.into());
     if modern {
         json.member("corrupt").switch(qcow2.incompatible & incompatible::CORRUPT != 0);
@@ -85,6 +96,26 @@ impl Json {
         self.depth -= 1;
         self.line();
         self.text.push('}');
+        self.comma = true;
+    }
+
+    fn array<T>(&mut self, items: impl Iterator<Item = T>, mut write: impl FnMut(&mut Json, T)) {
+        self.text.push('[');
+        self.depth += 1;
+        let mut any = false;
+        for item in items {
+            if any {
+                self.text.push(',');
+            }
+            self.line();
+            write(self, item);
+            any = true;
+        }
+        self.depth -= 1;
+        if any {
+            self.line();
+        }
+        self.text.push(']');
         self.comma = true;
     }
 
@@ -171,6 +202,7 @@ mod tests {
             compression_type: 0,
             snapshot_count: 0,
             bitmap_count: 0,
+            bitmaps: Vec::new(),
             incompatible: 0,
             compatible: 0,
             autoclear: 0,

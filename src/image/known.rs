@@ -55,6 +55,7 @@ impl Disk {
         let _inside = self.inside();
         let len = data.len() as u64;
         let place = self.place_to_write(offset, len)?;
+        self.record_unless(mutant!(BitmapMissesWriteNow), offset..offset + len);
         let data = std::slice::from_ref(data);
         let result = self.storage(place)?.write_now(engine, data, place.at)?;
         if self.note_written(len) {

@@ -1,6 +1,7 @@
 //! An open image: mapping, reading, writing, flushing, and the chain below it.
 
 pub(crate) mod attached;
+pub(crate) mod bitmaps;
 mod claims;
 mod cleaning;
 mod compress;

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
+use super::bitmaps::Bitmaps;
 use super::data_file::open_data_file;
 use super::disk::{Disk, Layer, Raw};
 use super::gate;
@@ -159,10 +160,15 @@ impl Disk {
             layers.push(lower.map_err(|error| below_error(error, &referrer, &name, depth))?);
         }
         // The chain is there: nothing is refused any more but for the image itself.
+        let mut bitmaps = None;
         if let (Some(Layer::Qcow2(image)), true) = (layers.first_mut(), will_write(options)) {
-            begin_writing(engine, own(image)?, options, &mut budget).await?;
+            bitmaps = Some(begin_writing(engine, own(image)?, options, &mut budget, None).await?);
         }
-        Ok(Disk::new(layers, options.clone()))
+        let disk = Disk::new(layers, options.clone());
+        Ok(match bitmaps {
+            Some(bitmaps) => disk.with_bitmaps(bitmaps),
+            None => disk,
+        })
     }
 
     /// The memory that the images below leave to this disk's own.
@@ -170,6 +176,21 @@ impl Disk {
         let below = self.layers.get(1..).unwrap_or_default();
         let held = below.iter().map(Layer::metadata_bytes).fold(0, u64::saturating_add);
         Budget(self.options.max_metadata_size.saturating_sub(held))
+    }
+
+    /// The memory that is left beside all that an open takes, but for bitmaps.
+    pub(super) fn budget_beside(&self) -> Result<Budget> {
+        let mut budget = self.budget_above();
+        if let Some(image) = self.top() {
+            reserve(&image.header, &self.options, &mut budget, image.storage.name())?;
+        }
+        Ok(budget)
+    }
+
+    /// Whether this disk's own image could have bitmaps of so many bytes, as far as memory goes.
+    pub(crate) fn check_bitmaps(&self, bytes: u64) -> Result<()> {
+        let name = self.layers.first().map_or("", |top| top.storage().name());
+        self.budget_beside()?.take(bytes, "persistent bitmaps", name)
     }
 
     /// Whether this disk's own image could be opened again with another header, as far
@@ -181,8 +202,17 @@ impl Disk {
 
     /// The same chain, with its own image read again from the storage that it is on.
     /// To be called after everything of it has been settled, and to take the place of
-    /// this disk.
+    /// this disk, whose bitmaps go on.
     pub async fn reload<E: Engine>(&self, engine: &E) -> Result<Disk> {
+        self.reload_with(engine, self.bitmaps_now().cloned()).await
+    }
+
+    /// As `reload`, with these bitmaps; `None`: with those that are stored.
+    pub async fn reload_with<E: Engine>(
+        &self,
+        engine: &E,
+        bitmaps: Option<Bitmaps>,
+    ) -> Result<Disk> {
         let Some(old) = self.top() else {
             return Err(Error::new(ErrorKind::NotSupported, "raw images have no metadata"));
         };
@@ -192,12 +222,17 @@ impl Disk {
         let storage = old.storage.clone();
         let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
         image.data_file = old.data_file.clone();
+        let mut kept = None;
         if will_write(options) {
-            begin_writing(engine, &mut image, options, &mut budget).await?;
+            kept = Some(begin_writing(engine, &mut image, options, &mut budget, bitmaps).await?);
         }
         let mut layers = vec![Layer::Qcow2(Arc::new(image))];
         layers.extend_from_slice(below);
-        Ok(Disk::new(layers, options.clone()))
+        let disk = Disk::new(layers, options.clone());
+        Ok(match kept {
+            Some(bitmaps) => disk.with_bitmaps(bitmaps),
+            None => disk,
+        })
     }
 }
 

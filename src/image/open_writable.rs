@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use super::bitmaps::{Bitmaps, load::load};
 use super::feature_bits::{FeatureBits, write_incompatible, write_word};
 use super::open::{Budget, refcount_cache, reftable_bytes};
 use super::options::OpenOptions;
@@ -14,45 +15,60 @@ use crate::alloc::overlap::{Metadata, OverlapIndex};
 use crate::alloc::overlap_check::OverlapCheck;
 use crate::alloc::refcounts::{Refcounts, Table};
 use crate::check::repair;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::fallible;
-use crate::format::bitmap::{self, parse_directory};
 use crate::format::header::{Header, incompatible};
 use crate::format::limits::OFFSET_MASK;
 use crate::format::refcount::RefcountWidth;
 use crate::io::engine::Engine;
-use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
 use crate::log;
 use crate::metadata::snapshot_table::read_snapshots;
-use crate::metadata::tables::{read, read_table};
+use crate::metadata::tables::read_table;
 
 /// Makes an image that is open ready for writing. Whatever can be refused is refused
-/// before anything is written.
+/// before anything is written. `bitmaps`: those that it goes on with, `None`: those that
+/// are stored.
 pub(super) async fn begin_writing<E: Engine>(
     engine: &E,
     image: &mut Qcow2,
     options: &OpenOptions,
     budget: &mut Budget,
-) -> Result<()> {
-    refuse_enabled_bitmaps(engine, &image.storage, &image.header, budget).await?;
+    bitmaps: Option<Bitmaps>,
+) -> Result<Bitmaps> {
+    let mut bitmaps = match bitmaps {
+        Some(bitmaps) => {
+            budget.take(bitmaps.bytes(), "persistent bitmaps", image.storage.name())?;
+            bitmaps
+        }
+        None => load(engine, image, budget).await?,
+    };
     if image.header.dirty() {
         repair_dirty(engine, image, budget).await?;
     }
     image.writing = Some(open_for_writing(engine, image, options, budget).await?);
     mutant!(AutoclearNotSynced => {
         image.storage.sync(engine).await?;
-        return clear_unknown_autoclear(engine, image).await;
+        clear_unknown_autoclear(engine, image).await?;
+        return Ok(bitmaps);
     });
     clear_unknown_autoclear(engine, image).await?;
+    // Durable with the sync that follows, before anything that they record.
+    if !mutant!(BitmapMarkNotSynced) {
+        bitmaps.mark(engine, image, |_, bitmap| bitmap.enabled).await?;
+    }
     // Whoever wrote before may have been killed before it could sync: what can be read
     // is there, but not durable. Autoclear bits that it has cleared must not be back
     // beside a change of ours, and what our guest has read a flush must make durable.
-    mutant!(OpenedTakenForDurable => return Ok(()));
+    mutant!(OpenedTakenForDurable => return Ok(bitmaps));
     if let Some(data) = &image.data_file {
         data.sync(engine).await?;
     }
-    image.storage.sync(engine).await
+    image.storage.sync(engine).await?;
+    mutant!(BitmapMarkNotSynced => {
+        bitmaps.mark(engine, image, |_, bitmap| bitmap.enabled).await?;
+    });
+    Ok(bitmaps)
 }
 
 /// Rebuilds the refcounts of an image that was not closed cleanly. The dirty bit goes
@@ -184,34 +200,6 @@ async fn index_snapshots<E: Engine>(
                 budget.take(OverlapIndex::bytes_for(1), "the index of tables", storage.name())?;
             }
         }
-    }
-    Ok(())
-}
-
-/// Bitmaps that record writes would go stale: this build does not keep them.
-async fn refuse_enabled_bitmaps<E: Engine>(
-    engine: &E,
-    storage: &Storage,
-    header: &Header,
-    budget: &mut Budget,
-) -> Result<()> {
-    let Some(bitmaps) = &header.extensions.bitmaps else { return Ok(()) };
-    bitmaps.check_directory().map_err(|error| error.context(storage.name().to_owned()))?;
-    // It is there twice while it is read.
-    budget.take(2 * bitmaps.directory_size, "the bitmap directory", storage.name())?;
-    let bytes = read(engine, storage, bitmaps.directory_offset, bitmaps.directory_size as usize);
-    let entries = parse_directory(&bytes.await?, bitmaps.count)
-        .map_err(|error| error.context(storage.name().to_owned()))?;
-    if let Some(enabled) = entries.iter().find(|entry| entry.flags & bitmap::AUTO != 0) {
-        return Err(Error::new(
-            ErrorKind::UnsupportedFeature,
-            format!(
-                "{}: the persistent bitmap {:?} records writes, which this build cannot do: \
-                 disable it (qemu-img bitmap --disable)",
-                storage.name(),
-                String::from_utf8_lossy(&enabled.name)
-            ),
-        ));
     }
     Ok(())
 }

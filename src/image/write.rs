@@ -122,6 +122,19 @@ impl Disk {
         fua: bool,
     ) -> Result<()> {
         self.check_range(offset, data.len() as u64)?;
+        self.record_unless(mutant!(BitmapMissesWrite), offset..offset + data.len() as u64);
+        self.write_unrecorded(engine, data, offset, fua).await
+    }
+
+    /// As `write`, of what the guest sees already: bitmaps do not record it.
+    pub async fn write_unrecorded<E: Engine>(
+        &self,
+        engine: &E,
+        data: Piece<'_>,
+        offset: u64,
+        fua: bool,
+    ) -> Result<()> {
+        self.check_range(offset, data.len() as u64)?;
         self.requests.write(data.len() as u64);
         let written = match self.layers.first() {
             Some(Layer::Raw(raw)) => raw.write(engine, data, offset).await,

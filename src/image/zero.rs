@@ -43,6 +43,7 @@ impl Disk {
         self.check_range(offset, length)?;
         self.requests.write(length);
         let range = offset..offset + length;
+        self.record_unless(mutant!(BitmapMissesZeroes), range.clone());
         let done = match self.layers.first() {
             Some(Layer::Raw(raw)) => raw.write_zeroes(engine, range, flags).await,
             _ => self.zero_qcow2(engine, range, flags).await,

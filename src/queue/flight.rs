@@ -27,6 +27,9 @@ impl Flight {
             Transfer::Write(_) => disk.place_to_write(offset, len),
         };
         let launched = place.and_then(|place| {
+            if let Transfer::Write(_) = transfer {
+                disk.record_unless(mutant!(BitmapMissesFlight), offset..offset + len);
+            }
             let turn = engine.launch(disk.storage(place)?, &transfer, place.at, slot)?;
             Some((place, turn))
         });

@@ -31,6 +31,10 @@ async fn apply<E: Engine>(operation: &mut Operation<'_, E>, id_or_name: &[u8]) -
     let (engine, image) = (operation.engine, operation.image);
     let list = &operation.table.list;
     let snapshot = &list[find(list, id_or_name)?];
+    if operation.bitmaps().any(|bitmap| bitmap.enabled && bitmap.bits.is_some()) {
+        let text = "a bitmap records changes, and would miss this one: disable it first";
+        return Err(Error::new(ErrorKind::NotSupported, text));
+    }
     let size = snapshot.disk_size.unwrap_or(image.header.virtual_size());
     if size != image.header.virtual_size() {
         check_resize(operation, size)?;
@@ -79,7 +83,7 @@ fn check_resize<E: Engine>(operation: &Operation<'_, E>, size: u64) -> Result<()
     if operation.header.version < 3 {
         return unsupported("the snapshot is of a disk of another size, which needs version 3");
     }
-    if operation.header.extensions.bitmaps.is_some() {
+    if operation.bitmaps().next().is_some() {
         return unsupported("the snapshot is of a disk of another size, and there are bitmaps");
     }
     if size > operation.disk.options.max_virtual_size {

@@ -146,7 +146,7 @@ impl Image {
     /// `id_or_name`: the ID is tried first. Durable on return.
     ///
     /// Errors: `NotFound`; `NotSupported` for a snapshot of another size in a version 2
-    /// image or beside bitmaps; `InvalidArgument`, `Limit` and `NoSpace` as for
+    /// image or beside bitmaps, and where a bitmap records changes; `InvalidArgument`, `Limit` and `NoSpace` as for
     /// `snapshot_create`. After any of these the image is as it was.
     pub fn snapshot_apply(&self, id_or_name: &[u8]) -> Result<()> {
         self.alter(|disk| block_on(disk.snapshot_apply(&Blocking, id_or_name)).into())

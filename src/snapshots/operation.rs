@@ -26,6 +26,7 @@ use crate::alloc::overlap::Metadata;
 use crate::check::repair;
 use crate::error::Result;
 use crate::format::header::Header;
+use crate::image::bitmaps::Bitmap;
 use crate::image::disk::Disk;
 use crate::image::handle::Replacement;
 use crate::image::qcow2::{Qcow2, SnapshotTable, Writing};
@@ -86,6 +87,11 @@ impl<'a, E: Engine> Operation<'a, E> {
             fresh: Vec::new(),
             begun: false,
         })
+    }
+
+    /// The persistent bitmaps of the image.
+    pub fn bitmaps(&self) -> impl Iterator<Item = &'a Bitmap> {
+        self.disk.bitmaps_now().into_iter().flat_map(|bitmaps| &bitmaps.list)
     }
 
     /// An empty list of references, for as many clusters as the file has.

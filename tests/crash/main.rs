@@ -1,6 +1,7 @@
 //! What is left after a crash: random and chosen operations on simulated disks,
 //! crashes at any moment, and a strict look at what is found afterwards.
 
+mod bitmaps;
 mod exhaustive;
 mod farm;
 mod faults;

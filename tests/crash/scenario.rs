@@ -203,13 +203,7 @@ impl Scenario {
             }
             medium => medium,
         };
-        Scenario {
-            config,
-            seed,
-            qemu_every: Cell::new(0),
-            tally: RefCell::default(),
-            medium,
-        }
+        Scenario { config, seed, qemu_every: Cell::new(0), tally: RefCell::default(), medium }
     }
 
     /// Shows every `count`th crash image to QEMU.

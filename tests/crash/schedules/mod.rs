@@ -7,6 +7,7 @@
 pub mod scene;
 
 mod amend;
+mod bitmaps;
 mod cancel;
 mod compressing;
 mod data_files;
