@@ -117,7 +117,7 @@ fn a_change_during_a_write_back_is_written_later() {
 
 #[test]
 fn memory_that_is_given_back_is_not_taken_for_a_slice() {
-    check(3, || {
+    check(2, || {
         let cache = cache();
         // Neither has been used since.
         cache.trim();
