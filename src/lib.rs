@@ -28,6 +28,7 @@
 //! | `fallible` | large vectors: an error where there is no memory for them |
 //! | `mutants` | bugs seeded for the tests; empty in any other build |
 //! | `format` | bytes to types and back, pure |
+//! | `crypto` | encryption: LUKS headers, key slots, ciphers over sectors; pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
 //! | `metadata` | the cache of table slices, reading tables |
@@ -52,6 +53,8 @@ mod shard;
 mod sync;
 
 pub mod format;
+
+mod crypto;
 
 mod sys;
 
