@@ -89,9 +89,11 @@ pub use admin::amend::AmendOptions;
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };
+pub use admin::encrypt::{EncryptionFormat, EncryptionOptions};
 pub use admin::preallocation::Preallocation;
 pub use admin::resize::ResizeOptions;
 pub use check::{CheckResult, Finding, Observer, Severity};
+pub use crypto::secret::Secret;
 pub use error::{Error, ErrorKind, Result};
 pub use format::compression::Compression;
 pub use image::handle::{Image, WriteFlags};

@@ -3,6 +3,8 @@
 pub mod amend;
 mod check;
 pub mod create;
+pub mod encrypt;
+pub mod keyslots;
 mod layout;
 mod option_names;
 pub mod preallocation;

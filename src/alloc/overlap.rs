@@ -14,7 +14,7 @@ use crate::fallible;
 
 /// A kind of metadata; several may (in a corrupt image) share a cluster.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
+#[repr(u16)]
 pub enum Metadata {
     /// The first cluster.
     Header = 1,
@@ -32,10 +32,12 @@ pub enum Metadata {
     InactiveL1 = 64,
     /// The directory of persistent bitmaps.
     BitmapDirectory = 128,
+    /// The LUKS header, with the keys.
+    EncryptionHeader = 256,
 }
 
 impl Metadata {
-    const ALL: [Metadata; 8] = [
+    const ALL: [Metadata; 9] = [
         Metadata::Header,
         Metadata::L1,
         Metadata::L2,
@@ -44,6 +46,7 @@ impl Metadata {
         Metadata::SnapshotTable,
         Metadata::InactiveL1,
         Metadata::BitmapDirectory,
+        Metadata::EncryptionHeader,
     ];
 
     fn name(self) -> &'static str {
@@ -56,6 +59,7 @@ impl Metadata {
             Metadata::SnapshotTable => "the snapshot table",
             Metadata::InactiveL1 => "the L1 table of a snapshot",
             Metadata::BitmapDirectory => "the bitmap directory",
+            Metadata::EncryptionHeader => "the encryption header",
         }
     }
 }
@@ -72,7 +76,7 @@ pub struct OverlapIndex {
 #[derive(Clone, Copy, Default)]
 struct Held {
     /// Bits of [`Metadata`].
-    kinds: u8,
+    kinds: u16,
     /// How many L1 entries name it as an L2 table: more than one, in a corrupt
     /// image, and it stays one until the last of them is gone.
     l2_tables: u32,
@@ -120,7 +124,7 @@ impl OverlapIndex {
         let mut clusters = self.clusters.write().unwrap_or_else(PoisonError::into_inner);
         for cluster in self.clusters_of(offset, bytes) {
             let held = clusters.entry(cluster).or_default();
-            held.kinds |= kind as u8;
+            held.kinds |= kind as u16;
             held.l2_tables += u32::from(kind == Metadata::L2);
             let (word, bit) = self.filter_bit(cluster);
             word.fetch_or(bit, Ordering::Release);
@@ -136,7 +140,7 @@ impl OverlapIndex {
                 held.l2_tables -= 1;
                 continue;
             }
-            held.kinds &= !(kind as u8);
+            held.kinds &= !(kind as u16);
             if held.kinds == 0 {
                 clusters.remove(&cluster);
             }
@@ -158,7 +162,7 @@ impl OverlapIndex {
 
     /// What metadata a cluster holds, if any.
     #[inline]
-    fn kinds(&self, cluster: u64) -> u8 {
+    fn kinds(&self, cluster: u64) -> u16 {
         let (word, bit) = self.filter_bit(cluster);
         if word.load(Ordering::Acquire) & bit == 0 {
             return 0;
@@ -187,7 +191,7 @@ impl OverlapIndex {
 
     /// As `check_free`, where tables of this kind are to be freed as well.
     pub fn check_free_but(&self, cluster: u64, own: Option<Metadata>) -> Result<()> {
-        match self.kinds(cluster) & !own.map_or(0, |own| own as u8) {
+        match self.kinds(cluster) & !own.map_or(0, |own| own as u16) {
             0 => Ok(()),
             kinds => Err(refusal(&format!("free host cluster {cluster}"), kinds)),
         }
@@ -195,11 +199,11 @@ impl OverlapIndex {
 
     /// `Corrupt` if a write of a table of this kind would hit metadata of another.
     pub fn check_table(&self, offset: u64, bytes: u64, own: Metadata) -> Result<()> {
-        self.check(offset, bytes, own as u8)
+        self.check(offset, bytes, own as u16)
     }
 
     #[inline]
-    fn check(&self, offset: u64, bytes: u64, own: u8) -> Result<()> {
+    fn check(&self, offset: u64, bytes: u64, own: u16) -> Result<()> {
         for cluster in self.clusters_of(offset, bytes) {
             let kinds = self.kinds(cluster) & !own;
             if kinds != 0 {
@@ -211,8 +215,8 @@ impl OverlapIndex {
 }
 
 #[cold]
-fn refusal(what: &str, kinds: u8) -> Error {
-    let hit = Metadata::ALL.iter().find(|kind| kinds & **kind as u8 != 0);
+fn refusal(what: &str, kinds: u16) -> Error {
+    let hit = Metadata::ALL.iter().find(|kind| kinds & **kind as u16 != 0);
     let name = hit.map_or("metadata", |kind| kind.name());
     Error::corrupt(format!(
         "refused to {what}: {name} is there (the image is corrupt: qemu-img check)"

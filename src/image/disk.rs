@@ -119,6 +119,11 @@ impl Layer {
         }
     }
 
+    /// Whether its guest data is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        matches!(self, Layer::Qcow2(image) if image.is_encrypted())
+    }
+
     /// Makes the locks of its files what these need, after `Storage::change_access`.
     pub(super) fn settle_locks(&self) -> Result<()> {
         self.data_file().map_or(Ok(()), Storage::settle_lock)?;

@@ -7,6 +7,7 @@ mod cow;
 pub(crate) mod data_file;
 mod discard;
 pub(crate) mod disk;
+pub(crate) mod encryption;
 mod expand;
 pub(crate) mod feature_bits;
 mod gate;

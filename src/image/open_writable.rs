@@ -142,6 +142,9 @@ async fn index_metadata<E: Engine>(
     if let Some(bitmaps) = &header.extensions.bitmaps {
         index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
     }
+    if let Some(crypto) = &header.extensions.crypto {
+        index.add(crypto.offset, crypto.length, Metadata::EncryptionHeader);
+    }
     index_snapshots(engine, image, &index, budget)
         .await
         .map_err(|error| error.context(storage.name().to_owned()))?;

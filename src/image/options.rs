@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::crypto::secret::Secret;
 use crate::error::Result;
 use crate::io::storage::Source;
 
@@ -151,9 +152,23 @@ pub struct OpenOptions {
     pub lazy_refcounts: Option<bool>,
     /// Whether a dirty image may be repaired at a read-write open.
     pub repair_dirty: bool,
+    /// The passphrase of an encrypted image, and of those below it that are encrypted,
+    /// unless `backing_secrets` has theirs.
+    pub secret: Option<Secret>,
+    /// Passphrases of images below: how many images are above, as in
+    /// [`Reference::depth`] plus 1, and the passphrase.
+    pub backing_secrets: Vec<(u32, Secret)>,
+    /// Iterations of key derivation that may be spent to find out whether a passphrase
+    /// opens an image, for each image: they are what makes guessing slow, and an
+    /// untrusted image may ask for any number of them.
+    pub max_key_iterations: u64,
     /// What to do with files that the image names.
     pub policy: Policy,
 }
+
+/// Iterations of key derivation: a minute or so, and thirty times what QEMU's default is
+/// for a key slot.
+const KEY_ITERATIONS: u64 = 1 << 28;
 
 impl Default for OpenOptions {
     fn default() -> Self {
@@ -181,6 +196,9 @@ impl Default for OpenOptions {
             max_virtual_size: u64::MAX,
             lazy_refcounts: None,
             repair_dirty: true,
+            secret: None,
+            backing_secrets: Vec::new(),
+            max_key_iterations: KEY_ITERATIONS,
             policy: Policy::Deny,
         }
     }
@@ -203,6 +221,13 @@ impl OpenOptions {
     #[must_use]
     pub fn format(mut self, format: Format) -> OpenOptions {
         self.format = format;
+        self
+    }
+
+    /// The passphrase of an encrypted image; see [`OpenOptions::secret`].
+    #[must_use]
+    pub fn secret(mut self, secret: Secret) -> OpenOptions {
+        self.secret = Some(secret);
         self
     }
 

@@ -7,4 +7,6 @@ pub mod event;
 pub mod file;
 pub mod lock;
 pub mod memory;
+pub mod random;
+
 pub mod uring;
