@@ -90,6 +90,7 @@ pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };
 pub use admin::encrypt::{EncryptionFormat, EncryptionOptions};
+pub use admin::keyslots::{KeySlots, KeyState};
 pub use admin::preallocation::Preallocation;
 pub use admin::resize::ResizeOptions;
 pub use check::{CheckResult, Finding, Observer, Severity};
