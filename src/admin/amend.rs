@@ -400,7 +400,7 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), Some(ErrorKind::InvalidArgument), "{name}={value}");
         }
-        for name in ["cluster_size", "extended_l2", "compression_type", "data_file"] {
+        for name in ["cluster_size", "extended_l2", "compression_type", "data_file", "encrypt.new-secret"] {
             assert_eq!(kind(name, "on"), Some(ErrorKind::NotSupported), "{name}");
         }
         for name in ["", "bogus", "Compat"] {

@@ -60,6 +60,11 @@ impl EncryptionOptions {
         EncryptionOptions { format: Some(format), secret: Some(secret), ..Default::default() }
     }
 
+    /// The passphrase.
+    pub fn set_secret(&mut self, secret: Secret) {
+        self.secret = Some(secret);
+    }
+
     /// Sets an option by its name in `qemu-img create -o`, what is behind "encrypt.".
     /// `None`: no such option.
     pub(super) fn set(&mut self, name: &str, option: &str, value: &str) -> Option<Result<()>> {

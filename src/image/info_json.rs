@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::info::{Info, Qcow2Info, StoredReference};
+use super::info::{Info, LuksInfo, Qcow2Info, StoredReference};
 use crate::format::header::{autoclear, compatible, incompatible};
 
 impl Info {
@@ -55,6 +55,13 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         json.member("lazy-refcounts").switch(lazy);
     }
     json.member("refcount-bits").number(qcow2.refcount_bits.into());
+    match (&qcow2.luks, qcow2.crypt_method) {
+        (Some(luks), _) => json.member("encrypt").object(|json| encrypt(json, luks)),
+        (None, 1) => {
+            json.member("encrypt").object(|json| json.member("format").string("aes"));
+        }
+        (None, _) => {}
+    }
     if modern {
         json.member("corrupt").switch(qcow2.incompatible & incompatible::CORRUPT != 0);
         json.member("extended-l2").switch(qcow2.extended_l2);
@@ -65,6 +72,29 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         }
         json.member("data-file-raw").switch(qcow2.autoclear & autoclear::RAW_EXTERNAL_DATA != 0);
     }
+}
+
+fn encrypt(json: &mut Json, luks: &LuksInfo) {
+    json.member("format").string("luks");
+    json.member("uuid").string(&luks.uuid);
+    json.member("cipher-alg").string(luks.cipher_alg);
+    json.member("cipher-mode").string(luks.cipher_mode);
+    json.member("ivgen-alg").string(luks.ivgen_alg);
+    if let Some(hash) = luks.ivgen_hash_alg {
+        json.member("ivgen-hash-alg").string(hash);
+    }
+    json.member("hash-alg").string(luks.hash_alg);
+    json.member("detached-header").switch(false);
+    json.member("payload-offset").number(luks.payload_offset);
+    json.member("master-key-iters").number(luks.master_key_iters.into());
+    json.member("slots").array(&luks.slots, |json, slot| {
+        json.member("active").switch(slot.active);
+        json.member("key-offset").number(slot.key_offset);
+        if slot.active {
+            json.member("iters").number(slot.iters.into());
+            json.member("stripes").number(slot.stripes.into());
+        }
+    });
 }
 
 /// A JSON text under construction, laid out for people.
@@ -85,6 +115,24 @@ impl Json {
         self.depth -= 1;
         self.line();
         self.text.push('}');
+        self.comma = true;
+    }
+
+    /// An array of objects.
+    fn array<T>(&mut self, items: &[T], members: impl Fn(&mut Json, &T)) {
+        self.text.push('[');
+        self.depth += 1;
+        self.comma = false;
+        for item in items {
+            if self.comma {
+                self.text.push(',');
+            }
+            self.line();
+            self.object(|json| members(json, item));
+        }
+        self.depth -= 1;
+        self.line();
+        self.text.push(']');
         self.comma = true;
     }
 
@@ -175,6 +223,7 @@ mod tests {
             compatible: 0,
             autoclear: 0,
             crypt_method: 0,
+            luks: None,
             backing: None,
             data_file: None,
         }

@@ -240,7 +240,7 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
-        assert_eq!(kind("encrypt.key-secret", "sec0"), ErrorKind::NotSupported);
+        assert_eq!(kind("encrypt.key-secret", "sec0"), ErrorKind::NotSupported, "it has a call");
         assert_eq!(kind("pass-discard-other", "on"), ErrorKind::NotSupported);
         assert_eq!(kind("pass-discard-other", "some"), ErrorKind::InvalidArgument);
     }
