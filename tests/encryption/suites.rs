@@ -1,8 +1,13 @@
 //! Each cipher, mode, IV generator and hash that `qemu-img create` can make, made by
 //! either and read by the other.
 
+use std::path::Path;
+
 use crate::support::{Scratch, describe, read};
-use crate::{make, open, open_rw, pattern, qemu_check, qemu_content, qemu_io, qemu_make};
+use crate::{
+    LUKS, assert_no_plain_text, make, open, open_rw, pattern, qemu_check, qemu_content, qemu_io,
+    qemu_make,
+};
 
 const SIZE: u64 = 256 << 10;
 
@@ -38,16 +43,13 @@ fn chosen() -> Vec<String> {
     let mut suites = match std::env::var_os("QCOW2RS_ROUNDS") {
         Some(_) => all(),
         None => [
-            ("aes-256", "xts", "plain64"),
             ("aes-192", "xts", "essiv"),
             ("aes-128", "cbc", "essiv"),
             ("aes-256", "ctr", "plain"),
             ("serpent-256", "xts", "plain64"),
-            ("serpent-192", "xts", "plain"),
             ("serpent-128", "ecb", "plain64"),
             ("twofish-256", "cbc", "essiv"),
             ("twofish-192", "xts", "plain"),
-            ("twofish-128", "ctr", "plain64"),
             ("cast5-128", "cbc", "plain64"),
             ("cast5-128", "ctr", "plain"),
         ]
@@ -55,40 +57,49 @@ fn chosen() -> Vec<String> {
         .to_vec(),
     };
     let hashes = ["md5", "sha1", "sha224", "sha384", "sha512", "ripemd160", "sm3"];
-    let hashes = hashes.map(|hash| format!("encrypt.hash-alg={hash}"));
-    // Long ciphers' names of hashes, and those that are of no use.
-    suites.extend(hashes);
+    for (n, hash) in hashes.iter().enumerate() {
+        // With some other suite each.
+        suites[n] += &format!(",encrypt.hash-alg={hash}");
+    }
     suites.push(format!("{},encrypt.ivgen-hash-alg=md5", suite("aes-128", "cbc", "essiv")));
     suites.push("encrypt.ivgen-hash-alg=sha512".into());
     suites
 }
 
 #[test]
-fn every_suite_of_qemu_opens_here_and_ours_there() {
+fn every_suite_of_ours_opens_in_qemu() {
     for suite in chosen() {
-        describe(suite.clone(), || {
-            let scratch = Scratch::new();
-            let options = format!("encrypt.format=luks,encrypt.iter-time=0,{suite}");
-            let (theirs, ours) = (scratch.path("theirs"), scratch.path("ours"));
-            qemu_make(&theirs, &options, SIZE);
-            qemu_io(&theirs, &["write -P 7 4k 100k".into()]);
-            make(&ours, &options, SIZE);
-            for path in [&theirs, &ours] {
-                let image = open_rw(path);
-                let mut expected = vec![0; SIZE as usize];
-                if path == &theirs {
-                    expected[4096..][..100 << 10].fill(7);
-                    assert_eq!(read(&image, 0, SIZE), expected);
-                }
-                let data = pattern(70000);
-                image.write_at(&data, 50001, Default::default()).unwrap();
-                expected[50001..][..70000].copy_from_slice(&data);
-                image.close().unwrap();
-                crate::assert_no_plain_text(path);
-                assert!(qemu_content(path) == expected, "QEMU reads something else");
-                assert!(read(&open(path), 0, SIZE) == expected);
-                qemu_check(path);
-            }
-        });
+        both_use_it(&suite, make, |_| {});
     }
+}
+
+/// QEMU takes two seconds to make one, whatever its options say.
+#[test]
+fn every_suite_of_qemu_opens_here() {
+    let long = std::env::var_os("QCOW2RS_ROUNDS").is_some();
+    let few = if long { usize::MAX } else { 2 };
+    let default = std::iter::once(String::new());
+    for suite in default.chain(chosen()).take(few) {
+        both_use_it(&suite, qemu_make, |path| qemu_io(path, &["write -P 7 4k 100k".into()]));
+    }
+}
+
+fn both_use_it(suite: &str, make: fn(&Path, &str, u64), first: impl Fn(&Path)) {
+    describe(suite.to_owned(), || {
+        let scratch = Scratch::new();
+        let path = scratch.path("image");
+        make(&path, format!("{LUKS},{suite}").trim_end_matches(','), SIZE);
+        first(&path);
+        let mut expected = qemu_content(&path);
+        let image = open_rw(&path);
+        assert!(read(&image, 0, SIZE) == expected, "QEMU reads something else");
+        let data = pattern(70000);
+        image.write_at(&data, 50001, Default::default()).unwrap();
+        expected[50001..][..70000].copy_from_slice(&data);
+        image.close().unwrap();
+        assert_no_plain_text(&path);
+        assert!(qemu_content(&path) == expected, "QEMU reads something else");
+        assert!(read(&open(&path), 0, SIZE) == expected);
+        qemu_check(&path);
+    });
 }
