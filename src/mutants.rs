@@ -113,6 +113,9 @@ define! {
     CopiedUnderOtherIv,
     /// A cluster that was never used is taken to read as zero though it is decrypted.
     EncryptedGroundTakenForZero,
+    /// What is given up is punched out before the entry that says so is durable, though a
+    /// hole is not zero once it is decrypted.
+    EncryptedPunchedEarly,
     /// A sector that is written in part may be written by others at the same time.
     PartOfSectorNotLocked,
     /// A key slot is named before its material is durable.

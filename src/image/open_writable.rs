@@ -89,8 +89,10 @@ async fn open_for_writing<E: Engine>(
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts =
         Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone())?;
+    let mut allocator = Allocator::new(geometry, refcounts, overlap, health, storage, length);
+    allocator.late_holes = image.is_encrypted() && options.discard;
     Ok(Writing {
-        allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
+        allocator,
         claims: Default::default(),
         flushing: crate::io::wait::AsyncMutex::new(()),
         filling: AsyncMutex::new(None),

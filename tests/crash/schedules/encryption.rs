@@ -71,16 +71,15 @@ fn what_is_moved_is_durable_and_encrypted_before_its_entry() {
 
 #[test]
 fn random_requests_to_encrypted_images_survive_crashes() {
-    play_some(3, |seed| {
-        for (n, config) in configs().into_iter().enumerate() {
-            let hasty = Config { give_up: seed % 2 == 0, queues: n % 2 == 1, ..config.clone() };
-            let faulty = Config { faults: true, ..config.clone() };
-            for config in [config, hasty, faulty] {
-                let scenario = Scenario::new(config, seed);
-                if let Err(failure) = scenario.run() {
-                    panic!("{}", scenario.report(&failure));
-                }
-            }
+    play_some(4, |seed| {
+        // Each seed another: in quiet, in haste, by queues, with failures.
+        let mut config = configs().swap_remove(seed as usize % 4);
+        config.give_up = seed / 4 % 2 == 1;
+        config.queues = seed / 8 % 2 == 1 || seed % 4 == 0;
+        config.faults = seed % 4 == 1;
+        let scenario = Scenario::new(config, seed);
+        if let Err(failure) = scenario.run() {
+            panic!("{}", scenario.report(&failure));
         }
     });
 }
