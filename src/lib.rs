@@ -74,10 +74,11 @@ mod queue;
 
 pub mod admin;
 
-/// What benches/hot.rs measures; no part of the API.
+/// What benches/hot.rs measures and fuzz/ tries; no part of the API.
 #[cfg(feature = "sim")]
 #[doc(hidden)]
 pub mod hot {
+    pub use crate::crypto::luks::Header as LuksHeader;
     pub use crate::metadata::cache::SliceCache;
 }
 
