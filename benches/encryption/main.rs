@@ -127,7 +127,8 @@ fn main() {
     let scratch = tempfile::tempdir_in(directory).expect("the directory can be written");
     // Past neighbours, and everywhere: the step has no factor in common with the disk.
     let stride = 1021 * 4096;
-    let long = |name, write| Row { name, request: 1 << 20, step: 1 << 20, count: bytes >> 20, write };
+    let long =
+        |name, write| Row { name, request: 1 << 20, step: 1 << 20, count: bytes >> 20, write };
     let short = |name, write| Row { name, request: 4096, step: stride, count: 50_000, write };
     let rows = [
         long("read 1 MiB, in order", false),

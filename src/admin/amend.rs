@@ -190,11 +190,7 @@ impl Disk {
         }
     }
 
-    async fn amend_keys<E: Engine>(
-        &self,
-        engine: &E,
-        options: &AmendOptions,
-    ) -> Changed<()> {
+    async fn amend_keys<E: Engine>(&self, engine: &E, options: &AmendOptions) -> Changed<()> {
         let unchanged = |error| Changed { result: Err(error), disk: Replacement::None };
         if *options != (AmendOptions { keys: options.keys.clone(), ..AmendOptions::default() }) {
             let text = "key slots are changed by a call of their own, with no other option";
@@ -400,7 +396,9 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), Some(ErrorKind::InvalidArgument), "{name}={value}");
         }
-        for name in ["cluster_size", "extended_l2", "compression_type", "data_file", "encrypt.new-secret"] {
+        for name in
+            ["cluster_size", "extended_l2", "compression_type", "data_file", "encrypt.new-secret"]
+        {
             assert_eq!(kind(name, "on"), Some(ErrorKind::NotSupported), "{name}");
         }
         for name in ["", "bogus", "Compat"] {

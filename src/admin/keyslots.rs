@@ -104,11 +104,7 @@ struct Keys<'a, E> {
 impl Disk {
     /// Changes key slots. While nobody else does anything with the disk, which is to be
     /// read again afterwards, whatever came of it.
-    pub(super) async fn change_keys<E: Engine>(
-        &self,
-        engine: &E,
-        change: &KeySlots,
-    ) -> Result<()> {
+    pub(super) async fn change_keys<E: Engine>(&self, engine: &E, change: &KeySlots) -> Result<()> {
         let luks = self.top().and_then(|image| Some((image, image.unlocked.luks.as_ref()?)));
         let Some((image, header)) = luks else {
             let text = "only images that are encrypted with LUKS have key slots";

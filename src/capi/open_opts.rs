@@ -231,7 +231,9 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_backing_secret(
     entry!(|call| {
         let opts = call.held(o)?;
         if depth == 0 {
-            return Err(Error::invalid("depth 0 is no image below: see qcow2rs_open_opts_set_secret"));
+            return Err(Error::invalid(
+                "depth 0 is no image below: see qcow2rs_open_opts_set_secret",
+            ));
         }
         let secret = Secret::new(call.bytes(secret.cast(), length, "secret")?)?;
         let secrets = &mut settings(&opts).options.backing_secrets;

@@ -379,12 +379,12 @@ async fn open_qcow2<E: Engine>(
              image read-only, or repair it with `qemu-img check -r all`",
         )));
     }
-    let unlocked =
-        encryption::unlock(engine, &storage, &header, options, unlocked_before).await?;
     let geometry = header.geometry;
     let l2 = reserve(&header, options, budget, storage.name())?;
     let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
     let l1 = L1Table::new(header.l1_offset, table.into_iter());
+    // Last: it may take a while.
+    let unlocked = encryption::unlock(engine, &storage, &header, options, unlocked_before).await?;
 
     Ok(Qcow2 {
         storage,

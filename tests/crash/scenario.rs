@@ -7,17 +7,15 @@ use std::sync::Arc;
 
 use qcow2rs::image::Disk;
 use qcow2rs::io::sim::{Crash, FileOptions, Rng, SimDisk, SimEngine, SimFile};
-use qcow2rs::{
-    Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver, Secret, Source,
-};
+use qcow2rs::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver, Secret, Source};
 
 use super::images_taken::crash_image;
 use super::layout::ReadAt;
 use super::oracle::{Mode, Oracle, SECTOR, Word, fill, word};
 pub use super::report::{Failure, Verdict};
 use super::snapshot::keep_snapshot;
-use super::support::builder::{Cluster, Kind, build_both};
 use super::support;
+use super::support::builder::{Cluster, Kind, build_both};
 
 /// What is tried, but for chance. [`Config::new`] gives one to be changed.
 #[derive(Clone, Debug)]

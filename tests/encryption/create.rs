@@ -77,7 +77,9 @@ fn the_luks_header_is_counted_and_never_written_over() {
     let error = image.write_at(&[7; 4096], 0, Default::default()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     drop(image);
-    assert!(std::fs::read(&path).unwrap()[luks as usize..][..8192] == bytes[luks as usize..][..8192]);
+    assert!(
+        std::fs::read(&path).unwrap()[luks as usize..][..8192] == bytes[luks as usize..][..8192]
+    );
     open(&path);
 }
 

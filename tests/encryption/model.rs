@@ -8,7 +8,9 @@ use std::sync::Arc;
 use qcow2rs::{Format, Image, OpenOptions};
 
 use crate::support::operations::{Backing, Case, Op};
-use crate::support::{Rng, Scratch, assert_same, describe, for_seeds, qemu_ok, read, smallest_caches};
+use crate::support::{
+    Rng, Scratch, assert_same, describe, for_seeds, qemu_ok, read, smallest_caches,
+};
 use crate::{AES, create_options, named, options, qemu_io, secrets};
 
 /// Quick to open.

@@ -100,7 +100,9 @@ fn an_encrypted_backing_file_without_its_passphrase_is_named() {
         options.backing_secrets = secrets.iter().map(|(n, text)| (*n, secret(text))).collect();
         Image::open(Source::path(&top), &options).err().map(|error| (error.kind(), error.message()))
     };
-    for (secrets, own) in [(&[][..], None), (&[(1, "wrong")], Some("hunter2")), (&[(2, "hunter2")], None)] {
+    for (secrets, own) in
+        [(&[][..], None), (&[(1, "wrong")], Some("hunter2")), (&[(2, "hunter2")], None)]
+    {
         let (kind, message) = open(secrets, own).unwrap();
         assert_eq!(kind, ErrorKind::Encrypted);
         assert!(message.contains("base"), "{message}");
