@@ -513,22 +513,18 @@ impl Allocator {
             let word = |i: usize| words.get(i).map_or(0, |word| word.load(Ordering::Relaxed));
             self.refcounts.get_in(place.index + n, word) == 1
         };
-        let mut holes: Vec<Range<u64>> = self
-            .refcounts
-            .look(engine, storage, place.key, |words| {
-                (0..count).filter(|n| last(words, *n)).map(|n| first + n..first + n + 1).collect()
-            })
-            .await?;
-        holes.dedup_by(|next, hole| {
-            let joins = hole.end == next.start;
-            hole.end = if joins { next.end } else { hole.end };
-            joins
-        });
+        let lasts = |words: &[AtomicU64]| {
+            fallible::collect(count as usize, (0..count).map(|n| last(words, n)))
+        };
+        let lasts: Vec<bool> = self.refcounts.look(engine, storage, place.key, lasts).await??;
         let bits = self.geometry.cluster_bits;
-        for hole in holes {
-            let (start, length) = (hole.start << bits, (hole.end - hole.start) << bits);
-            if storage.can_punch() && self.overlap.check_data(start, length).is_ok() {
-                _ = storage.zero(engine, start, length, ZeroMode::Punch).await;
+        let mut start = first;
+        for run in lasts.chunk_by(|a, b| a == b) {
+            let (offset, length) = (start << bits, (run.len() as u64) << bits);
+            start += run.len() as u64;
+            let own = run.first() == Some(&true);
+            if own && storage.can_punch() && self.overlap.check_data(offset, length).is_ok() {
+                _ = storage.zero(engine, offset, length, ZeroMode::Punch).await;
             }
         }
         Ok(())

@@ -215,3 +215,53 @@ fn amending_and_resizing_keep_the_keys() {
     assert!(qemu_content(&path) == expected);
     assert_no_plain_text(&path);
 }
+
+#[test]
+fn snapshots_of_qemu_are_read_and_those_of_ours_by_qemu() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    for format in [LUKS, AES] {
+        make(&path, format, 1 << 20);
+        let image = open_rw(&path);
+        image.write_at(&pattern(100_000), 777, Default::default()).unwrap();
+        image.close().unwrap();
+        assert!(crate::qemu_img(&["snapshot", "-c", "theirs"], &path).status.success());
+        qemu_io(&path, &["write -P 3 30k 50k".into()]);
+        let image = open_rw(&path);
+        let snapshot = image.snapshot_open(b"theirs").unwrap();
+        assert_eq!(read(&snapshot, 777, 100_000), pattern(100_000));
+        snapshot.close().unwrap();
+        image.snapshot_create(b"ours", &snapshots::Meta::now()).unwrap();
+        image.write_at(&[9; 200_000], 0, Default::default()).unwrap();
+        image.close().unwrap();
+        assert!(crate::qemu_img(&["snapshot", "-a", "ours"], &path).status.success());
+        let mut expected = vec![0; 1 << 20];
+        expected[777..100_777].copy_from_slice(&pattern(100_000));
+        expected[30 << 10..80 << 10].fill(3);
+        assert!(qemu_content(&path) == expected, "{format}");
+        qemu_check(&path);
+    }
+}
+
+#[test]
+fn an_image_that_was_not_closed_is_repaired_and_keeps_its_keys() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    make(&path, &format!("{LUKS},lazy_refcounts=on,cluster_size=4k"), 1 << 20);
+    let image = open_rw(&path);
+    image.write_at(&pattern(300_000), 5, Default::default()).unwrap();
+    image.flush().unwrap();
+    image.abandon().unwrap();
+    let mut wrong = options("wrong", true);
+    wrong.repair_dirty = true;
+    let before = std::fs::read(&path).unwrap();
+    assert!(before[79] & 1 == 1, "it is dirty");
+    let error = Image::open(Source::path(&path), &wrong).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Encrypted);
+    assert!(std::fs::read(&path).unwrap() == before, "who has no key changes nothing");
+    let image = open_rw(&path);
+    assert_eq!(read(&image, 5, 300_000), pattern(300_000));
+    image.close().unwrap();
+    qemu_check(&path);
+    assert_eq!(qemu_content(&path)[5..300_005], pattern(300_000));
+}
