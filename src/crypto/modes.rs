@@ -16,6 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Sectors that are encrypted at a time.
 pub(super) const BATCH: usize = 32;
 
+/// Sectors that are encrypted side by side where their blocks depend on each other.
+const LANES: usize = 8;
+
 /// The IVs of neighbouring sectors. Ciphers with shorter blocks take the beginning.
 pub(super) type Ivs = [Block<Aes128>];
 
@@ -102,14 +105,24 @@ impl<C: Both> Sectors for Ecb<C> {
 }
 
 impl<C: Both> Sectors for Cbc<C> {
+    // Within a sector each block waits for the one before: so several sectors at a time.
     fn encrypt(&self, data: &mut [u8], ivs: &mut Ivs) {
-        for (sector, iv) in each(data, ivs) {
-            let mut last = Block::<C>::default();
-            last.iter_mut().zip(iv).for_each(|(to, from)| *to = *from);
-            for block in blocks::<C>(sector) {
-                xor(block, &last);
-                self.0.encrypt_block(block);
-                last.clone_from(block);
+        let mut lanes: [Block<C>; LANES] = std::array::from_fn(|_| Block::<C>::default());
+        let size = lanes.first().map_or(SECTOR, |block| block.len());
+        for (sectors, ivs) in data.chunks_mut(LANES * SECTOR).zip(ivs.chunks(LANES)) {
+            let lanes = lanes.get_mut(..ivs.len()).unwrap_or_default();
+            for (last, iv) in lanes.iter_mut().zip(ivs) {
+                last.iter_mut().zip(iv).for_each(|(to, from)| *to = *from);
+            }
+            for at in (0..SECTOR).step_by(size) {
+                for (last, sector) in lanes.iter_mut().zip(sectors.chunks(SECTOR)) {
+                    xor(last, sector.get(at..at + size).unwrap_or_default());
+                }
+                self.0.encrypt_blocks(lanes);
+                for (last, sector) in lanes.iter().zip(sectors.chunks_mut(SECTOR)) {
+                    let to = sector.get_mut(at..at + size).unwrap_or_default();
+                    to.iter_mut().zip(last).for_each(|(to, from)| *to = *from);
+                }
             }
         }
     }
