@@ -70,10 +70,12 @@ impl KeySlots {
     /// `None`: no such option.
     pub(super) fn set(&mut self, name: &str, option: &str, value: &str) -> Option<Result<()>> {
         let set = match option {
-            "state" => match value {
-                "active" => Ok(self.state = Some(KeyState::Active)),
-                "inactive" => Ok(self.state = Some(KeyState::Inactive)),
-                _ => Err(bad_value(name, value, "it is active or inactive")),
+            "state" => match state(value) {
+                Some(state) => {
+                    self.state = Some(state);
+                    Ok(())
+                }
+                None => Err(bad_value(name, value, "it is active or inactive")),
             },
             "keyslot" => {
                 number(name, value, u64::from(u32::MAX)).map(|n| self.slot = Some(n as u32))
@@ -84,6 +86,14 @@ impl KeySlots {
             _ => return None,
         };
         Some(set)
+    }
+}
+
+fn state(name: &str) -> Option<KeyState> {
+    match name {
+        "active" => Some(KeyState::Active),
+        "inactive" => Some(KeyState::Inactive),
+        _ => None,
     }
 }
 

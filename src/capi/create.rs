@@ -22,12 +22,15 @@ pub const QCOW2RS_CREATE_EXCL: u32 = 1;
 pub struct qcow2rs_create_opts(Handle<Mutex<CreateSettings>>);
 object!(qcow2rs_create_opts: Mutex<CreateSettings>);
 
+/// Names and values.
+type Given = Vec<(String, String)>;
+
 /// Options for an image that is made, or that is changed.
 #[derive(Default)]
 pub struct CreateSettings {
     create: CreateOptions,
     /// What was set, by name, in that order: what was not does not change.
-    given: Vec<(String, String)>,
+    given: Given,
     /// The passphrase.
     secret: Option<Secret>,
     /// What was set that only an image that there is has: key slots.
@@ -62,7 +65,7 @@ fn copy(call: &Call, opts: *const qcow2rs_create_opts) -> Result<CreateOptions> 
 pub(super) fn given(
     call: &Call,
     opts: *const qcow2rs_create_opts,
-) -> Result<(Vec<(String, String)>, Option<Secret>)> {
+) -> Result<(Given, Option<Secret>)> {
     let opts = call.held(opts)?;
     let settings = settings(&opts);
     Ok((settings.given.clone(), settings.secret.clone()))

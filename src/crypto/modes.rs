@@ -187,7 +187,7 @@ impl<C: Both + BlockSizeUser<BlockSize = U16>> Xts<C> {
             let mut tweak = u128::from_le_bytes(iv.0);
             for slot in &mut tweaks {
                 *slot = tweak;
-                tweak = tweak << 1 ^ (tweak >> 127) * 0x87;
+                tweak = (tweak << 1) ^ ((tweak >> 127) * 0x87);
             }
             let blocks = blocks::<C>(sector);
             whiten::<C>(blocks, &tweaks);

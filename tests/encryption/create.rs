@@ -1,6 +1,9 @@
 //! New images: what can be made, and where everything lies.
 
-use qcow2rs::{CreateOptions, EncryptionFormat, EncryptionOptions, ErrorKind, OpenOptions, Secret};
+use qcow2rs::{
+    CreateOptions, EncryptionFormat, EncryptionOptions, ErrorKind, OpenOptions, Preallocation,
+    ResizeOptions, Secret,
+};
 
 use crate::support::{Scratch, qemu, qemu_ok, read, text};
 use crate::{
@@ -94,8 +97,8 @@ fn preallocated_clusters_read_as_zero() {
                 assert!(qemu_content(&path).iter().all(|byte| *byte == 0), "{mode} {layout}");
                 let image = open_rw(&path);
                 image.write_at(&[9; 700], 5000, Default::default()).unwrap();
-                let mut grow = qcow2rs::ResizeOptions::default();
-                grow.preallocation = qcow2rs::Preallocation::from_name(mode).unwrap();
+                let preallocation = Preallocation::from_name(mode).unwrap();
+                let grow = ResizeOptions { preallocation, shrink: false };
                 image.resize(2 << 20, &grow, &mut |_, _| true).unwrap();
                 image.write_at(&[9; 700], (1 << 20) + 5000, Default::default()).unwrap();
                 let mut expected = vec![0; 2 << 20];

@@ -202,8 +202,7 @@ fn amending_and_resizing_keep_the_keys() {
         amend.set(name, value).unwrap();
         image.amend(&amend, &mut |_, _| true).unwrap();
     }
-    let mut shrink = qcow2rs::ResizeOptions::default();
-    shrink.shrink = true;
+    let shrink = qcow2rs::ResizeOptions { shrink: true, ..Default::default() };
     image.resize(3 << 20, &Default::default(), &mut |_, _| true).unwrap();
     image.resize(101_376, &shrink, &mut |_, _| true).unwrap();
     image.resize(2 << 20, &Default::default(), &mut |_, _| true).unwrap();
