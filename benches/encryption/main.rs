@@ -97,7 +97,7 @@ fn make(path: &Path, format: Option<EncryptionFormat>, bytes: usize) {
     }
     let image = qcow2rs::create_path_open(path, false, &options, &OpenOptions::new());
     let image = image.expect("it can be made");
-    let data: Vec<u8> = (0..1 << 20).map(|n: u32| (n * n >> 7) as u8).collect();
+    let data: Vec<u8> = (0..1 << 20).map(|n: u32| (n.wrapping_mul(n) >> 7) as u8).collect();
     for at in (0..bytes).step_by(data.len()) {
         image.write_at(&data, at as u64, WriteFlags::default()).expect("there is room");
     }
