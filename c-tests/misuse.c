@@ -98,7 +98,7 @@ static void create_options(void)
     CHECK_ERR(qcow2rs_create_opts_set(o, "compat", "1.2"), EINVAL);
     CHECK_ERR(qcow2rs_create_opts_set(o, "cluster_size", "100k"), EINVAL);
     CHECK_ERR(qcow2rs_create_opts_set(o, "cluster-size", "64k"), ENOENT);
-    CHECK_ERR(qcow2rs_create_opts_set(o, "encrypt.format", "luks"), ENOTSUP);
+    CHECK_ERR(qcow2rs_create_opts_set(o, "encrypt.key-secret", "x"), ENOTSUP);
 
     /* Nothing of all this has stayed: there is still no size. */
     CHECK_ERR(qcow2rs_measure(o, &required, &full), EINVAL);

@@ -327,7 +327,9 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * QCOW2RS_E_DIRTY), "allow-qcow2-magic" (on|off, default off: see set_format),
  * "max-chain-depth" (images below this one, default 200), "max-metadata-size"
  * (default 1G: for the whole chain, caches included; the cache sizes are per
- * layer), "max-virtual-size" (default: the format's), "backing-direct"
+ * layer), "max-virtual-size" (default: the format's), "max-key-iterations" (of
+ * key derivation, to find out whether a passphrase opens a LUKS image; default
+ * 268435456), "backing-direct"
  * (on|off: O_DIRECT for the images below, default as this one's, so that many
  * disks can share one base's page cache), "data-file.filename" (the path of the
  * external data file, whatever the image calls it; the reference policy is not
@@ -336,6 +338,22 @@ int qcow2rs_open_opts_set_flags(struct qcow2rs_open_opts *o, uint32_t flags);
  * that this build does not have. */
 int qcow2rs_open_opts_set(struct qcow2rs_open_opts *o, const char *name,
                           const char *value);
+
+/* [OBJ] Passphrase for LUKS / legacy AES; copied, wiped on free (and when the
+ * last image that was opened with it is gone).  It is tried on each encrypted
+ * image of the chain that has none of its own.  A LUKS image takes the time to
+ * open that its writer chose, two seconds usually.  Without a passphrase, or
+ * with a wrong one, open is -EACCES, QCOW2RS_E_ENCRYPTED, but with CHECK_ONLY,
+ * which needs none.  Length 0 is a passphrase, too.  For LUKS images that ask
+ * for too much time: see "max-key-iterations" (QCOW2RS_E_LIMIT). */
+int qcow2rs_open_opts_set_secret(struct qcow2rs_open_opts *o,
+                                 const void *secret, size_t length);
+
+/* [OBJ] The same for one image below: depth 1 is the backing file of the image
+ * that is opened, 2 the one below that, ...  -EINVAL: depth 0. */
+int qcow2rs_open_opts_set_backing_secret(struct qcow2rs_open_opts *o,
+                                         uint32_t depth, const void *secret,
+                                         size_t length);
 
 /* [OBJ] Policy for files that an image names (untrusted input!): one of
  * QCOW2RS_REF_DENY, the default, QCOW2RS_REF_PATHS and QCOW2RS_REF_RESOLVE.
@@ -616,10 +634,21 @@ int qcow2rs_create_opts_set_data_file(struct qcow2rs_create_opts *o,
                                       const char *name,
                                       struct qcow2rs_storage **storage);
 
+/* [OBJ] Passphrase of an encrypted image (UTF-8 without NUL, as QEMU demands);
+ * copied, wiped on free.  For qcow2rs_amend: that of a new key (encrypt.state =
+ * active), or of the keys to erase (inactive). */
+int qcow2rs_create_opts_set_secret(struct qcow2rs_create_opts *o,
+                                   const void *secret, size_t length);
+
 /* [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
  * (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
  * compression_type (zlib|zstd), data_file_raw,
- * preallocation (off|metadata|falloc|full); and data_file, a name for amend.
+ * preallocation (off|metadata|falloc|full), encrypt.format (luks|aes),
+ * encrypt.cipher-alg (aes-256, ...), encrypt.cipher-mode (xts|cbc|ctr|ecb),
+ * encrypt.ivgen-alg (plain64|plain|essiv), encrypt.ivgen-hash-alg,
+ * encrypt.hash-alg (sha256, ...), encrypt.iter-time (milliseconds that it takes
+ * to make, and later to open, the image; default 2000); for qcow2rs_amend also
+ * data_file (a name), encrypt.state and encrypt.keyslot.
  * -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
  * of QEMU's that this build does not have.  What goes together is checked by
  * create. */
@@ -733,6 +762,13 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
  * with a data file: data_file (its name; empty: none is stored), data_file_raw
  * (off); what was not set in opts stays.  Durable on return.  progress may be
  * NULL.  Counters of the image start again.
+ * Key slots of a LUKS image, in a call of its own: encrypt.state (active: the
+ * passphrase of qcow2rs_create_opts_set_secret gets a key slot; inactive: the
+ * slots that it opens, or encrypt.keyslot, or that one only if it does, lose
+ * their key), encrypt.keyslot (0 to 7; default a free one), encrypt.iter-time.
+ * -EINVAL where a key would be overwritten, or the last one erased, or what is
+ * to be erased is not there.  -EACCES: the passphrase that img was opened with
+ * opens it no more.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
  * another size or backing file, which are not changed by amending; for 0.10:
  * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:

@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
     *) targets+=("$1") && shift ;;
     esac
 done
-[ ${#targets[@]} -gt 0 ] || targets=(open operations check parsers snapshots)
+[ ${#targets[@]} -gt 0 ] || targets=(open operations check parsers snapshots luks)
 
 # Of the host: with a target given, its build scripts are compiled without the flags.
 host=$(rustc -vV | sed -n 's/^host: //p')

@@ -28,6 +28,7 @@
 //! | `fallible` | large vectors: an error where there is no memory for them |
 //! | `mutants` | bugs seeded for the tests; empty in any other build |
 //! | `format` | bytes to types and back, pure |
+//! | `crypto` | encryption: LUKS headers, key slots, ciphers over sectors; pure |
 //! | `sys` | raw memory and system calls |
 //! | `io` | storages, and the engines that carry out operations on them |
 //! | `metadata` | the cache of table slices, reading tables |
@@ -54,6 +55,8 @@ mod sync;
 
 pub mod format;
 
+mod crypto;
+
 mod sys;
 
 pub mod io;
@@ -74,10 +77,11 @@ mod queue;
 
 pub mod admin;
 
-/// What benches/hot.rs measures; no part of the API.
+/// What benches/hot.rs measures and fuzz/ tries; no part of the API.
 #[cfg(feature = "sim")]
 #[doc(hidden)]
 pub mod hot {
+    pub use crate::crypto::luks::Header as LuksHeader;
     pub use crate::metadata::cache::SliceCache;
 }
 
@@ -89,10 +93,13 @@ pub use admin::amend::AmendOptions;
 pub use admin::create::{
     CreateOptions, create, create_open, create_path, create_path_open, measure, probe,
 };
+pub use admin::encrypt::{EncryptionFormat, EncryptionOptions};
+pub use admin::keyslots::{KeySlots, KeyState};
 pub use admin::preallocation::Preallocation;
 pub use admin::resize::ResizeOptions;
 pub use bitmaps::{BitmapInfo, DirtyRange};
 pub use check::{CheckResult, Finding, Observer, Severity};
+pub use crypto::secret::Secret;
 pub use error::{Error, ErrorKind, Result};
 pub use format::compression::Compression;
 pub use image::handle::{Image, WriteFlags};

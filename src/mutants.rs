@@ -106,6 +106,23 @@ define! {
     /// Autoclear bits are cleared without a sync before anything changes.
     AutoclearNotSynced,
 
+    // Encryption.
+    /// What copy-on-write moves is written as it is, not encrypted.
+    CopiedInPlainText,
+    /// What copy-on-write moves is encrypted as if it lay elsewhere.
+    CopiedUnderOtherIv,
+    /// A cluster that was never used is taken to read as zero though it is decrypted.
+    EncryptedGroundTakenForZero,
+    /// What is given up is punched out before the entry that says so is durable, though a
+    /// hole is not zero once it is decrypted.
+    EncryptedPunchedEarly,
+    /// A sector that is written in part may be written by others at the same time.
+    PartOfSectorNotLocked,
+    /// A key slot is named before its material is durable.
+    KeyNamedBeforeMaterial,
+    /// A key is overwritten before its slot is given up.
+    KeyOverwrittenFirst,
+
     // New metadata.
     /// A refcount block is named before a sync has made it durable.
     NoSyncBeforeNewBlock,

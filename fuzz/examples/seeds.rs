@@ -37,6 +37,34 @@ fn of_qemu(directory: &Path, options: &str, commands: &[&str]) -> Vec<u8> {
     std::fs::read(path).expect("QEMU has made it")
 }
 
+/// The LUKS headers of some images, with few iterations so that slots are tried.
+fn put_luks(directory: &Path) {
+    for (name, options) in [
+        ("default", ""),
+        ("essiv", ",encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.cipher-alg=aes-128"),
+        ("cast5", ",encrypt.cipher-mode=ctr,encrypt.cipher-alg=cast5-128,encrypt.hash-alg=sha1"),
+        ("serpent", ",encrypt.cipher-alg=serpent-192,encrypt.hash-alg=ripemd160"),
+    ] {
+        let path = directory.join("luks");
+        let path = path.to_str().expect("a path in UTF-8");
+        let options =
+            format!("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1{options}");
+        let secret = ["--object", "secret,id=s,data=passphrase"];
+        let create = ["create", "-q", "-f", "qcow2", "-o", &options, path, "64k"];
+        run("qemu-img", &[&create[..1], &secret, &create[1..]].concat());
+        let bytes = std::fs::read(path).expect("QEMU has made it");
+        let at = bytes.chunks(512).position(|sector| sector.starts_with(b"LUKS\xba\xbe"));
+        let mut header = bytes[at.expect("a LUKS header") * 512..][..592].to_vec();
+        let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus/luks");
+        std::fs::create_dir_all(&directory).expect("a directory for seeds");
+        std::fs::write(directory.join(name), &header).expect("a seed");
+        for iterations in [164, 208 + 4] {
+            header[iterations..iterations + 4].copy_from_slice(&[0, 0, 0, 1]);
+        }
+        std::fs::write(directory.join(format!("{name}-quick")), &header).expect("a seed");
+    }
+}
+
 fn put(target: &str, name: &str, bytes: &[u8], last: u8) {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
     std::fs::create_dir_all(&directory).expect("a directory for seeds");
@@ -107,5 +135,6 @@ fn main() {
     }
     let directory = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 16, 0, 1, 0, 0, 0, 0, b'b'];
     put("parsers", "bitmaps", &directory, 2);
+    put_luks(&scratch);
     std::fs::remove_dir_all(&scratch).expect("the directory is ours");
 }

@@ -1,6 +1,8 @@
 //! The tests' own tools, from where they are.
 #![allow(dead_code)] // The targets use their part.
 
+#[path = "../../tests/support/aes.rs"]
+pub mod aes;
 #[path = "../../tests/support/builder.rs"]
 pub mod builder;
 #[path = "../../tests/support/damage.rs"]

@@ -10,6 +10,7 @@
 //! Before that write the image is the old one, after it the new one, each with exact
 //! refcounts. What cannot be done is refused before anything is written.
 
+use super::keyslots::KeySlots;
 use super::option_names::version;
 use crate::alloc::rewidth::NewTable;
 use crate::error::{Error, ErrorKind, Result};
@@ -50,6 +51,8 @@ pub struct AmendOptions {
     pub data_file: Option<Vec<u8>>,
     /// Whether the data file is to be a raw image by itself: it may cease to be one only.
     pub data_file_raw: Option<bool>,
+    /// What is to become of the key slots of a LUKS image: in a call of its own.
+    pub keys: KeySlots,
 }
 
 impl AmendOptions {
@@ -63,6 +66,9 @@ impl AmendOptions {
     /// | size, backing_file, backing_fmt | as it is | they have their own calls |
     /// | data_file | name | of the data file, as it is stored; empty: none is stored |
     /// | data_file_raw | off | the data file need not be a raw image any more |
+    /// | encrypt.state | active, inactive | a key slot of a LUKS image gets a key, or loses it |
+    /// | encrypt.keyslot | 0 to 7 | which one; default: a free one, or those of the old passphrase |
+    /// | encrypt.iter-time | milliseconds | that deriving the new key takes; default 2000 |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value; `NotSupported`: what
     /// can be set only when an image is made, or not by this build.
@@ -96,14 +102,17 @@ impl AmendOptions {
                 let text = format!("{name:?} can only be set when an image is made");
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
-            "encrypt.iter-time" | "encrypt.keyslot" | "encrypt.new-secret"
-            | "encrypt.old-secret" | "encrypt.state" => {
-                let text = format!("{name:?} cannot be changed by this build");
+            "encrypt.new-secret" | "encrypt.old-secret" => {
+                let text = format!("{name:?} cannot be set by name: passphrases have their calls");
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
             _ => {
-                let text = format!("there is no option {name:?} of an image to change");
-                return Err(Error::new(ErrorKind::NotFound, text));
+                let encrypt = name.strip_prefix("encrypt.");
+                let set = |option| self.keys.set(name, option, value);
+                return encrypt.and_then(set).unwrap_or_else(|| {
+                    let text = format!("there is no option {name:?} of an image to change");
+                    Err(Error::new(ErrorKind::NotFound, text))
+                });
             }
         }
         Ok(())
@@ -140,6 +149,12 @@ impl Image {
     /// have; `InvalidArgument` where options do not go together, or a refcount
     /// does not fit; `Os(EFBIG)`, `NoSpace`, `Limit`. After any of these the image is
     /// as it was, but for zero clusters that may have become data.
+    ///
+    /// Key slots: `InvalidArgument` where QEMU refuses, too (overwriting an active slot,
+    /// erasing one that has no key, or the last key; `force` allows for it); `Encrypted` if
+    /// the passphrase that the image was opened with opens it no more; `NotSupported`
+    /// together with other options, and for images that are not LUKS. `progress` is not
+    /// called.
     pub fn amend(
         &self,
         options: &AmendOptions,
@@ -162,6 +177,9 @@ impl Disk {
         is_open: impl Fn(&Snapshot) -> bool + Send,
         progress: &mut (dyn FnMut(u64, u64) -> bool + Send),
     ) -> Changed<()> {
+        if !options.keys.is_empty() {
+            return self.amend_keys(engine, options).await;
+        }
         // What is done has several parts, each of which begins to count anew.
         let mut most = 0;
         let progress = &mut |done: u64, total: u64| {
@@ -235,6 +253,22 @@ impl Disk {
                 let error = self.note_corruption(engine, error).await;
                 Changed { result: Err(error), disk: Replacement::None }
             }
+        }
+    }
+
+    async fn amend_keys<E: Engine>(&self, engine: &E, options: &AmendOptions) -> Changed<()> {
+        let unchanged = |error| Changed { result: Err(error), disk: Replacement::None };
+        if *options != (AmendOptions { keys: options.keys.clone(), ..AmendOptions::default() }) {
+            let text = "key slots are changed by a call of their own, with no other option";
+            return unchanged(Error::new(ErrorKind::NotSupported, text));
+        }
+        if let Err(error) = self.settle(engine).await {
+            return unchanged(error);
+        }
+        let result = self.change_keys(engine, &options.keys).await;
+        match self.reload(engine).await {
+            Ok(disk) => Changed { result, disk: Replacement::Disk(Box::new(disk)) },
+            Err(error) => Changed { result: result.and(Err(error)), disk: Replacement::None },
         }
     }
 
@@ -446,7 +480,7 @@ mod tests {
         ] {
             assert_eq!(kind(name, value), Some(ErrorKind::InvalidArgument), "{name}={value}");
         }
-        for name in ["cluster_size", "extended_l2", "compression_type"] {
+        for name in ["cluster_size", "extended_l2", "compression_type", "encrypt.new-secret"] {
             assert_eq!(kind(name, "on"), Some(ErrorKind::NotSupported), "{name}");
         }
         for name in ["", "bogus", "Compat"] {

@@ -8,12 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::data_length;
+use super::encrypt::{EncryptionOptions, NewLuks, Prepared};
 use super::layout::{Ahead, Layout, fully_allocated, layout};
 use super::preallocation::{Filling, Preallocation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::compression::Compression;
-use crate::format::extensions::Extensions;
+use crate::format::extensions::{CryptoExt, Extensions};
 use crate::format::header::{BackingRef, Header, MAGIC, autoclear, compatible, incompatible};
 use crate::format::l2::{COPIED, L2Format};
 use crate::format::limits::{MAX_BACKING_NAME, MIN_SUBCLUSTER_SIZE};
@@ -63,6 +64,8 @@ pub struct CreateOptions {
     /// Whether that file is to be a raw image by itself: with a data file only, and
     /// without a backing file.
     pub data_file_raw: bool,
+    /// How guest data is encrypted, and by which passphrase.
+    pub encryption: EncryptionOptions,
 }
 
 impl Default for CreateOptions {
@@ -79,6 +82,7 @@ impl Default for CreateOptions {
             preallocation: Preallocation::Off,
             data_file: None,
             data_file_raw: false,
+            encryption: EncryptionOptions::default(),
         }
     }
 }
@@ -121,6 +125,11 @@ impl CreateOptions {
                 "preallocation over a backing file needs extended L2 entries (extended_l2=on)",
             ));
         }
+        if preallocated && self.version < 3 && self.encryption.format.is_some() {
+            let text = "encrypted clusters that nobody has written read as zero in version 3 \
+                        (compat=1.1) only: version 2 has no preallocation with encryption";
+            return Err(Error::new(ErrorKind::NotSupported, text));
+        }
         self.check_data_file()?;
         Ok(Geometry { cluster_bits: size.ilog2(), extended_l2: self.extended_l2 })
     }
@@ -151,12 +160,20 @@ impl CreateOptions {
         RefcountWidth::new(self.refcount_bits.ilog2())
     }
 
-    fn header(&self, geometry: Geometry, layout: &Layout, size: u64) -> Header {
+    fn header(
+        &self,
+        geometry: Geometry,
+        layout: &Layout,
+        size: u64,
+        encryption: Option<&Prepared>,
+    ) -> Header {
+        let luks = encryption.filter(|encryption| encryption.bytes > 0);
+        let offset = layout.encryption_at() << geometry.cluster_bits;
         Header {
             version: self.version,
             geometry,
             size,
-            crypt_method: 0,
+            crypt_method: encryption.map_or(0, |encryption| encryption.method),
             backing: self.backing.as_ref().map(|(name, format)| BackingRef {
                 name: name.clone(),
                 format: Some(format.name().into()),
@@ -176,6 +193,7 @@ impl CreateOptions {
             header_length: if self.version < 3 { 72 } else { 112 },
             extensions: Extensions {
                 data_file: self.data_file.as_ref().map(|(name, _)| name.clone()),
+                crypto: luks.map(|luks| CryptoExt { offset, length: luks.bytes }),
                 ..Extensions::default()
             },
         }
@@ -237,6 +255,7 @@ struct Plan {
     header: Header,
     first_bytes: Vec<u8>,
     preallocation: Preallocation,
+    luks: Option<NewLuks>,
 }
 
 fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
@@ -248,10 +267,16 @@ fn plan(options: &CreateOptions, size: u64) -> Result<Plan> {
         _ if options.data_file.is_some() => Ahead::Tables,
         _ => Ahead::Data,
     };
-    let layout = layout(geometry, width, size, ahead)?;
-    let header = options.header(geometry, &layout, size);
+    let encryption = options.encryption.prepare()?;
+    let bytes = encryption.as_ref().map_or(0, |encryption| encryption.bytes);
+    let layout = layout(geometry, width, size, ahead, geometry.clusters_for(bytes))?;
+    let header = options.header(geometry, &layout, size, encryption.as_ref());
     let first_bytes = header.to_bytes()?;
-    Ok(Plan { width, layout, header, first_bytes, preallocation })
+    let luks = match &encryption {
+        Some(encryption) => options.encryption.generate(encryption)?,
+        None => None,
+    };
+    Ok(Plan { width, layout, header, first_bytes, preallocation, luks })
 }
 
 /// The size of the disk, from the options or the backing file.
@@ -386,7 +411,9 @@ fn make(
 
 fn make_open(place: &Place<'_>, options: &CreateOptions, open: &OpenOptions) -> Result<Image> {
     let (storage, data_file) = make(place, options, open, true)?;
-    Image::open_storages(storage, data_file, &open_after(open)).inspect_err(|_| place.give_up())
+    let mut open = open_after(open);
+    open.secret = open.secret.or_else(|| options.encryption.secret.clone());
+    Image::open_storages(storage, data_file, &open).inspect_err(|_| place.give_up())
 }
 
 fn open_after(open: &OpenOptions) -> OpenOptions {
@@ -448,7 +475,7 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
         storage.sync(engine).await?;
     }
     // A table of any size, and nothing after it but the next one.
-    let end = match layout.l2 {
+    let end = match layout.l2 + layout.encryption {
         0 => (layout.l1_at() << geometry.cluster_bits) + layout.l1_entries * 8,
         _ => layout.used << geometry.cluster_bits,
     };
@@ -482,6 +509,12 @@ async fn write<E: Engine>(engine: &E, storage: &Storage, plan: &Plan) -> Result<
             plan.preallocation.prepare(engine, storage, bytes, data, &mut |_, _| true).await?;
         }
     }
+    if let Some(luks) = &plan.luks {
+        let at = layout.encryption_at() << geometry.cluster_bits;
+        write_at(engine, storage, &luks.header.to_bytes(), at).await?;
+        let slot = luks.header.slots.first().map_or(0, |slot| slot.offset);
+        write_at(engine, storage, &luks.material, at + slot).await?;
+    }
     storage.sync(engine).await?;
     write_at(engine, storage, first_bytes, 0).await?;
     storage.sync(engine).await
@@ -504,7 +537,9 @@ async fn write_l2_tables<E: Engine>(
         false => HostOffset::new(layout.data_at() << bits).map(DataOffset::from),
     };
     let format = L2Format { geometry, version: header.version, data_file };
-    let filling = Filling { format, data, hide: false, raw: header.raw_external_data() };
+    // What lies there is no zeroes once it is decrypted.
+    let hide = header.crypt_method != 0 && (data_file || !geometry.extended_l2);
+    let filling = Filling { format, data, hide, raw: header.raw_external_data() };
     let clusters = geometry.clusters_for(header.virtual_size());
     let per_table = geometry.l2_coverage() >> bits;
     let places = || (0..layout.l2).map(|n| (layout.l2_at() + n) << bits);
@@ -547,8 +582,11 @@ pub fn measure(options: &CreateOptions) -> Result<(u64, u64)> {
     let below = open_below(options, &OpenOptions::default(), None, false)?;
     let size = size(options, below.as_ref())?;
     let (geometry, width) = (options.geometry()?, options.width()?);
-    layout(geometry, width, size, Ahead::Nothing)?;
-    let full = fully_allocated(geometry, width, size);
+    let encryption = options.encryption.prepare()?;
+    let bytes = encryption.map_or(0, |encryption| encryption.bytes);
+    layout(geometry, width, size, Ahead::Nothing, geometry.clusters_for(bytes))?;
+    let luks = geometry.clusters_for(bytes) << geometry.cluster_bits;
+    let full = fully_allocated(geometry, width, size) + luks;
     if options.preallocation.takes_space() {
         return Ok((full, full));
     }

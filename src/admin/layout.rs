@@ -6,8 +6,8 @@ use crate::format::refcount::RefcountWidth;
 use crate::geometry::Geometry;
 
 /// Where a new image has its tables; in clusters. The header is cluster 0, then come the
-/// refcount table, the refcount blocks, the L1 table; then, where data is preallocated,
-/// the L2 tables and the data.
+/// refcount table, the refcount blocks, the L1 table, the LUKS header if there is
+/// one; then, where data is preallocated, the L2 tables and the data.
 pub struct Layout {
     /// Clusters of the refcount table, which begins at cluster 1.
     pub reftable: u64,
@@ -17,6 +17,8 @@ pub struct Layout {
     pub l1_entries: u64,
     /// Clusters of the L1 table.
     l1: u64,
+    /// Clusters of the LUKS header.
+    pub encryption: u64,
     /// L2 tables, behind it, where they are made ahead.
     pub l2: u64,
     /// All clusters in use.
@@ -34,9 +36,14 @@ impl Layout {
         1 + self.reftable + self.blocks
     }
 
+    /// First cluster of the LUKS header.
+    pub fn encryption_at(&self) -> u64 {
+        self.l1_at() + self.l1
+    }
+
     /// First cluster of the L2 tables.
     pub fn l2_at(&self) -> u64 {
-        self.l1_at() + self.l1
+        self.encryption_at() + self.encryption
     }
 
     /// First cluster of the data.
@@ -57,8 +64,14 @@ pub enum Ahead {
 }
 
 /// The layout for a disk of `size` bytes; `InvalidArgument` where no image of this
-/// geometry can be that large.
-pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, ahead: Ahead) -> Result<Layout> {
+/// geometry can be that large. `encryption`: clusters of a LUKS header.
+pub fn layout(
+    geometry: Geometry,
+    width: RefcountWidth,
+    size: u64,
+    ahead: Ahead,
+    encryption: u64,
+) -> Result<Layout> {
     let l1_entries = size.div_ceil(geometry.l2_coverage());
     if size > max_virtual_size(geometry) || l1_entries * 8 > MAX_L1_BYTES {
         return Err(Error::invalid(format!(
@@ -75,8 +88,8 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, ahead: Ahead)
         Ahead::Tables => (l1_entries, 0),
         Ahead::Data => (l1_entries, geometry.clusters_for(size)),
     };
-    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1 + l2 + data);
-    let used = 1 + reftable + blocks + l1 + l2 + data;
+    let (blocks, reftable) = refcount_clusters(geometry, width, 1 + l1 + encryption + l2 + data);
+    let used = 1 + reftable + blocks + l1 + encryption + l2 + data;
     if reftable << geometry.cluster_bits > MAX_REFTABLE_BYTES
         || used > MAX_HOST_OFFSET >> geometry.cluster_bits
     {
@@ -87,7 +100,7 @@ pub fn layout(geometry: Geometry, width: RefcountWidth, size: u64, ahead: Ahead)
             geometry.cluster_size()
         )));
     }
-    Ok(Layout { reftable, blocks, l1_entries, l1, l2, used })
+    Ok(Layout { reftable, blocks, l1_entries, l1, encryption, l2, used })
 }
 
 /// Refcount blocks, and clusters of the table that names them, which it takes to
@@ -129,7 +142,7 @@ mod tests {
     #[test]
     fn a_small_image_has_one_cluster_of_each() {
         let width = RefcountWidth::new(4).unwrap();
-        let layout = layout(geometry(16), width, 1 << 20, Ahead::Nothing).unwrap();
+        let layout = layout(geometry(16), width, 1 << 20, Ahead::Nothing, 0).unwrap();
         assert_eq!((layout.reftable, layout.blocks, layout.l1_entries), (1, 1, 1));
         assert_eq!((layout.l1_at(), layout.used), (3, 4));
     }
@@ -141,12 +154,12 @@ mod tests {
                 let (geometry, width) = (geometry(bits), RefcountWidth::new(order).unwrap());
                 for size in [0, 1, 1 << 20, max_virtual_size(geometry)] {
                     let ahead = if size <= 1 << 20 { Ahead::Tables } else { Ahead::Nothing };
-                    let layout = layout(geometry, width, size, ahead).unwrap();
+                    let layout = layout(geometry, width, size, ahead, 0).unwrap();
                     assert!(layout.blocks * width.entries_per(1 << bits) >= layout.used);
                     assert!(layout.reftable << bits >= layout.blocks * 8);
                 }
                 assert!(
-                    layout(geometry, width, max_virtual_size(geometry) + 512, Ahead::Nothing)
+                    layout(geometry, width, max_virtual_size(geometry) + 512, Ahead::Nothing, 0)
                         .is_err()
                 );
             }

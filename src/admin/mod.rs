@@ -4,6 +4,8 @@ pub mod amend;
 mod check;
 pub mod create;
 mod data_length;
+pub mod encrypt;
+pub mod keyslots;
 mod layout;
 mod option_names;
 pub mod preallocation;

@@ -2,6 +2,7 @@
 //! value may be is decided here; what goes together, by create.
 
 use super::create::CreateOptions;
+use super::encrypt::EncryptionFormat;
 use super::preallocation::Preallocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compression::Compression;
@@ -21,6 +22,14 @@ impl CreateOptions {
     /// | compression_type | zlib, zstd | of compressed clusters |
     /// | preallocation | off, metadata, falloc, full | what is taken ahead for data |
     /// | data_file_raw | on, off | the data file is a raw image by itself |
+    /// | encrypt.format | luks, aes | guest data is encrypted; aes is for old readers, and not secure |
+    /// | encrypt.cipher-alg | aes-128, -192, -256; cast5-128; serpent-128, ...; twofish-128, ... | default aes-256; this and what follows for luks |
+    /// | encrypt.cipher-mode | ecb, cbc, ctr, xts | default xts |
+    /// | encrypt.ivgen-alg | plain, plain64, essiv | default plain64 |
+    /// | encrypt.ivgen-hash-alg | as hash-alg | of essiv |
+    /// | encrypt.hash-alg | md5, sha1, sha224, sha256, sha384, sha512, ripemd160, sm3 | by which keys are derived; default sha256 |
+    /// | encrypt.iter-time | milliseconds | that deriving a key takes here; default 2000 |
+    /// | encryption | on, off | on: as encrypt.format=aes |
     ///
     /// `NotFound`: no such option; `InvalidArgument`: bad value;
     /// `NotSupported`: an option or value of QEMU's that this build does not
@@ -44,36 +53,27 @@ impl CreateOptions {
             }
             "data_file_raw" => self.data_file_raw = switch(name, value)?,
             "encryption" => {
-                if switch(name, value)? {
-                    return Err(unsupported(name, value));
-                }
+                let aes = switch(name, value)?.then_some(EncryptionFormat::Aes);
+                self.encryption.format = aes;
             }
-            "backing_file" | "backing_fmt" | "data_file" => {
-                let text =
-                    format!("{name:?} cannot be set by name: other files have their own calls");
+            "backing_file" | "backing_fmt" | "data_file" | "encrypt.key-secret" => {
+                let text = format!(
+                    "{name:?} cannot be set by name: other files, and passphrases, have their own \
+                     calls"
+                );
                 return Err(Error::new(ErrorKind::NotSupported, text));
             }
-            "encrypt.format"
-            | "encrypt.key-secret"
-            | "encrypt.cipher-alg"
-            | "encrypt.cipher-mode"
-            | "encrypt.ivgen-alg"
-            | "encrypt.ivgen-hash-alg"
-            | "encrypt.hash-alg"
-            | "encrypt.iter-time" => return Err(unsupported(name, value)),
             _ => {
-                let text = format!("there is no create option {name:?}");
-                return Err(Error::new(ErrorKind::NotFound, text));
+                let encrypt = name.strip_prefix("encrypt.");
+                let set = |option| self.encryption.set(name, option, value);
+                return encrypt.and_then(set).unwrap_or_else(|| {
+                    let text = format!("there is no create option {name:?}");
+                    Err(Error::new(ErrorKind::NotFound, text))
+                });
             }
         }
         Ok(())
     }
-}
-
-#[cold]
-fn unsupported(name: &str, value: &str) -> Error {
-    let text = format!("the create option {name:?} = {value:?} is not supported by this build");
-    Error::new(ErrorKind::NotSupported, text)
 }
 
 pub(super) fn version(name: &str, value: &str) -> Result<u32> {
@@ -121,6 +121,14 @@ mod tests {
             ("compression_type", "zstd"),
             ("preallocation", "falloc"),
             ("data_file_raw", "off"),
+            ("encryption", "on"),
+            ("encrypt.format", "luks"),
+            ("encrypt.cipher-alg", "twofish-192"),
+            ("encrypt.cipher-mode", "xts"),
+            ("encrypt.ivgen-alg", "essiv"),
+            ("encrypt.ivgen-hash-alg", "sm3"),
+            ("encrypt.hash-alg", "ripemd160"),
+            ("encrypt.iter-time", "10"),
         ] {
             options.set(name, value).unwrap();
         }
@@ -153,12 +161,19 @@ mod tests {
             ("refcount_bits", "128"),
             ("compression_type", "lz4"),
             ("preallocation", "on"),
+            ("encrypt.format", "rot13"),
+            ("encrypt.cipher-alg", "des"),
+            ("encrypt.cipher-mode", "XTS"),
+            ("encrypt.ivgen-alg", "plain128"),
+            ("encrypt.hash-alg", "sha3"),
+            ("encrypt.ivgen-hash-alg", ""),
+            ("encrypt.iter-time", "-1"),
             ("data_file_raw", "maybe"),
         ] {
             assert_eq!(kind(name, value), ErrorKind::InvalidArgument, "{name}={value}");
         }
         for (name, value) in
-            [("data_file", "data"), ("encrypt.format", "luks"), ("backing_file", "base")]
+            [("data_file", "data"), ("encrypt.key-secret", "sec0"), ("backing_file", "base")]
         {
             assert_eq!(kind(name, value), ErrorKind::NotSupported, "{name}={value}");
         }

@@ -190,6 +190,13 @@ impl Disk {
         if header.version < 3 && header.snapshot_count > 0 {
             return unsupported("a version 2 image that has snapshots cannot change its size");
         }
+        let preallocated = options.preallocation != Preallocation::Off;
+        if header.version < 3 && preallocated && image.is_encrypted() {
+            return unsupported(
+                "encrypted clusters that nobody has written read as zero in version 3 only: \
+                 there is no preallocation in this image",
+            );
+        }
         if header.version < 3 && size > old && self.would_show(old) {
             return unsupported(
                 "the backing file is longer than the disk, and a version 2 image cannot hide \
@@ -451,6 +458,8 @@ async fn grow<E: Engine>(
         let bytes = data.start << bits..data.end << bits;
         filling.data = HostOffset::new(bytes.start).map(DataOffset::from);
         mode.prepare(engine, storage, bytes, fresh, progress).await?;
+        // What lies there is no zeroes once it is decrypted.
+        filling.hide |= image.is_encrypted() && !geometry.extended_l2;
     }
 
     let per_table = geometry.l2_coverage() >> geometry.cluster_bits;

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fallible;
 use crate::format::limits::MAX_HOST_OFFSET;
 use crate::geometry::{Geometry, HostOffset};
-use crate::io::engine::{Engine, Piece};
+use crate::io::engine::{Engine, Piece, ZeroMode};
 use crate::io::storage::Storage;
 use crate::io::wait::AsyncMutex;
 use crate::sys::memory::Block;
@@ -45,6 +45,9 @@ pub struct Allocator {
     pub overlap: Arc<OverlapIndex>,
     /// Sticky failures.
     pub health: Arc<Health>,
+    /// Holes are made only when clusters leave limbo: what a hole reads as must not be
+    /// seen by who still finds the old pointer after a crash.
+    pub late_holes: bool,
     /// No cluster from this byte on was ever given out.
     untouched_from: AtomicU64,
     /// Something was done that has to be durable before pointers are written.
@@ -179,6 +182,7 @@ impl Allocator {
             epochs: Epochs::default(),
             overlap,
             health,
+            late_holes: false,
             allocated: AtomicU64::new(0),
             freed: AtomicU64::new(0),
         }
@@ -489,11 +493,47 @@ impl Allocator {
     pub async fn release_ready<E: Engine>(&self, engine: &E, storage: &Storage) -> Result<()> {
         let mut ready = self.limbo.take_ready(&self.epochs);
         while let Some(clusters) = ready.next() {
+            if self.late_holes {
+                self.punch_last(engine, storage, clusters.clone()).await?;
+            }
             let lowered = self.refcounts.lower_some(engine, storage, clusters).await?;
             ready.done(lowered.count);
             self.freed.fetch_add(lowered.freed, Ordering::Relaxed);
             if let Some(lowest) = lowered.lowest {
                 self.note_free(lowest);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back the space of those clusters at the start of a range, as many as
+    /// `lower_some` takes, that nothing else refers to. It does not matter whether it
+    /// works.
+    async fn punch_last<E: Engine>(
+        &self,
+        engine: &E,
+        storage: &Storage,
+        clusters: Range<u64>,
+    ) -> Result<()> {
+        let first = clusters.start;
+        let Some(place) = self.refcounts.place(first)? else { return Ok(()) };
+        let count = (clusters.end - first).min(place.count - place.index);
+        let last = |words: &[AtomicU64], n| {
+            let word = |i: usize| words.get(i).map_or(0, |word| word.load(Ordering::Relaxed));
+            self.refcounts.get_in(place.index + n, word) == 1
+        };
+        let lasts = |words: &[AtomicU64]| {
+            fallible::collect(count as usize, (0..count).map(|n| last(words, n)))
+        };
+        let lasts: Vec<bool> = self.refcounts.look(engine, storage, place.key, lasts).await??;
+        let bits = self.geometry.cluster_bits;
+        let mut start = first;
+        for run in lasts.chunk_by(|a, b| a == b) {
+            let (offset, length) = (start << bits, (run.len() as u64) << bits);
+            start += run.len() as u64;
+            let own = run.first() == Some(&true);
+            if own && storage.can_punch() && self.overlap.check_data(offset, length).is_ok() {
+                _ = storage.zero(engine, offset, length, ZeroMode::Punch).await;
             }
         }
         Ok(())

@@ -36,6 +36,8 @@ pub enum Metadata {
     BitmapDirectory = 128,
     /// An L2 table that a snapshot's L1 names; known only where it is asked for.
     InactiveL2 = 256,
+    /// The LUKS header, with the keys.
+    EncryptionHeader = 512,
 }
 
 /// What must never be freed as if it were data. (L2 tables that snapshots share are
@@ -44,7 +46,7 @@ const GUARDED: u16 = !(Metadata::InactiveL2 as u16);
 
 impl Metadata {
     /// All kinds, in the order in which one is named that is hit.
-    pub(super) const ALL: [Metadata; 9] = [
+    pub(super) const ALL: [Metadata; 10] = [
         Metadata::Header,
         Metadata::L1,
         Metadata::L2,
@@ -54,11 +56,12 @@ impl Metadata {
         Metadata::InactiveL1,
         Metadata::BitmapDirectory,
         Metadata::InactiveL2,
+        Metadata::EncryptionHeader,
     ];
 
-    /// Its name in "overlap-check.NAME".
-    pub(super) fn option_name(self) -> &'static str {
-        match self {
+    /// Its name in "overlap-check.NAME", if it has one.
+    pub(super) fn option_name(self) -> Option<&'static str> {
+        Some(match self {
             Metadata::Header => "main-header",
             Metadata::L1 => "active-l1",
             Metadata::L2 => "active-l2",
@@ -68,7 +71,9 @@ impl Metadata {
             Metadata::InactiveL1 => "inactive-l1",
             Metadata::InactiveL2 => "inactive-l2",
             Metadata::BitmapDirectory => "bitmap-directory",
-        }
+            // QEMU does not check for it.
+            Metadata::EncryptionHeader => return None,
+        })
     }
 
     fn name(self) -> &'static str {
@@ -82,6 +87,7 @@ impl Metadata {
             Metadata::InactiveL1 => "the L1 table of a snapshot",
             Metadata::BitmapDirectory => "the bitmap directory",
             Metadata::InactiveL2 => "an L2 table of a snapshot",
+            Metadata::EncryptionHeader => "the encryption header",
         }
     }
 }

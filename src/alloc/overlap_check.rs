@@ -4,12 +4,13 @@
 use super::overlap::Metadata;
 
 /// Kinds that a level covers, each level those of the ones before it, too.
-const CONSTANT: [Metadata; 5] = [
+const CONSTANT: [Metadata; 6] = [
     Metadata::Header,
     Metadata::L1,
     Metadata::RefcountTable,
     Metadata::SnapshotTable,
     Metadata::BitmapDirectory,
+    Metadata::EncryptionHeader,
 ];
 const CACHED: [Metadata; 3] = [Metadata::L2, Metadata::RefcountBlock, Metadata::InactiveL1];
 const ALL: [Metadata; 1] = [Metadata::InactiveL2];
@@ -20,7 +21,8 @@ pub enum Level {
     /// Nothing is checked.
     None,
     /// What is found in a time that does not depend on the image: the header, the
-    /// active L1 table, the refcount table, the snapshot table, the bitmap directory.
+    /// active L1 table, the refcount table, the snapshot table, the bitmap directory,
+    /// the encryption header.
     Constant,
     /// All that is in memory anyway: L2 tables, refcount blocks, snapshots' L1 tables.
     Cached,
@@ -56,7 +58,8 @@ impl OverlapCheck {
             ".template" => 1,
             _ => {
                 let name = name.strip_prefix('.')?;
-                let kind = Metadata::ALL.into_iter().find(|kind| kind.option_name() == name)?;
+                let kind =
+                    Metadata::ALL.into_iter().find(|kind| kind.option_name() == Some(name))?;
                 return Some(self.switch(kind, value));
             }
         };
@@ -116,7 +119,7 @@ mod tests {
         assert_eq!(kinds(&[("", "all")]), all);
         assert_eq!(kinds(&[("", "cached")]), all & !(Metadata::InactiveL2 as u16));
         assert_eq!(kinds(&[]), kinds(&[(".template", "cached")]));
-        assert_eq!(kinds(&[("", "constant")]).count_ones(), 5);
+        assert_eq!(kinds(&[("", "constant")]).count_ones(), 6);
     }
 
     #[test]

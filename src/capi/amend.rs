@@ -6,6 +6,7 @@ use super::check::qcow2rs_progress_fn;
 use super::create::{given, qcow2rs_create_opts};
 use super::open::qcow2rs_image;
 use crate::admin::amend::AmendOptions;
+use crate::admin::keyslots::KeyState;
 
 /// The program's function and what it is called with.
 struct Progress {
@@ -29,6 +30,13 @@ impl Progress {
 /// with a data file: data_file (its name; empty: none is stored), data_file_raw
 /// (off); what was not set in opts stays.  Durable on return.  progress may be
 /// NULL.  Counters of the image start again.
+/// Key slots of a LUKS image, in a call of its own: encrypt.state (active: the
+/// passphrase of qcow2rs_create_opts_set_secret gets a key slot; inactive: the
+/// slots that it opens, or encrypt.keyslot, or that one only if it does, lose
+/// their key), encrypt.keyslot (0 to 7; default a free one), encrypt.iter-time.
+/// -EINVAL where a key would be overwritten, or the last one erased, or what is
+/// to be erased is not there.  -EACCES: the passphrase that img was opened with
+/// opens it no more.
 /// -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
 /// another size or backing file, which are not changed by amending; for 0.10:
 /// extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:
@@ -47,8 +55,14 @@ pub unsafe extern "C" fn qcow2rs_amend(
     entry!(|call| {
         let image = call.held(img)?;
         let mut options = AmendOptions::default();
-        for (name, value) in given(call, opts)? {
+        let (given, secret) = given(call, opts)?;
+        for (name, value) in given {
             options.set(&name, &value)?;
+        }
+        match options.keys.state {
+            Some(KeyState::Active) => options.keys.new_secret = secret,
+            Some(KeyState::Inactive) => options.keys.old_secret = secret,
+            None => {}
         }
         let mut program = Progress { function: progress, opaque };
         image.amend(&options, &mut |done, total| program.tell(done, total))?;

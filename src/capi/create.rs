@@ -1,6 +1,6 @@
 //! Create
 
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::entry::{Call, flags};
@@ -8,8 +8,10 @@ use super::handle::Handle;
 use super::open::qcow2rs_image;
 use super::open_opts::{options, qcow2rs_open_opts};
 use super::storage::{path, qcow2rs_storage};
+use crate::admin::amend::AmendOptions;
 use crate::admin::create::{self, CreateOptions};
-use crate::error::{Error, Result};
+use crate::crypto::secret::Secret;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::limits::MAX_BACKING_NAME;
 use crate::image::options::Format;
 
@@ -20,12 +22,19 @@ pub const QCOW2RS_CREATE_EXCL: u32 = 1;
 pub struct qcow2rs_create_opts(Handle<Mutex<CreateSettings>>);
 object!(qcow2rs_create_opts: Mutex<CreateSettings>);
 
+/// Names and values.
+type Given = Vec<(String, String)>;
+
 /// Options for an image that is made, or that is changed.
 #[derive(Default)]
 pub struct CreateSettings {
     create: CreateOptions,
     /// What was set, by name, in that order: what was not does not change.
-    given: Vec<(String, String)>,
+    given: Given,
+    /// The passphrase.
+    secret: Option<Secret>,
+    /// What was set that only an image that there is has: key slots.
+    amend_only: Option<String>,
 }
 
 impl CreateSettings {
@@ -48,16 +57,24 @@ fn copy(call: &Call, opts: *const qcow2rs_create_opts) -> Result<CreateOptions> 
              qcow2rs_create_opts_set_data_file",
         ));
     }
-    Ok(settings.create.clone())
+    if let Some(name) = &settings.amend_only {
+        return Err(Error::invalid(format!("{name:?} is for qcow2rs_amend only")));
+    }
+    let mut create = settings.create.clone();
+    if let Some(secret) = &settings.secret {
+        create.encryption.set_secret(secret.clone());
+    }
+    Ok(create)
 }
 
-/// What was set, by name.
+/// What was set, by name, and the passphrase.
 pub(super) fn given(
     call: &Call,
     opts: *const qcow2rs_create_opts,
-) -> Result<Vec<(String, String)>> {
+) -> Result<(Given, Option<Secret>)> {
     let opts = call.held(opts)?;
-    Ok(settings(&opts).given.clone())
+    let settings = settings(&opts);
+    Ok((settings.given.clone(), settings.secret.clone()))
 }
 
 /// [MT]
@@ -149,10 +166,32 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set_data_file(
     })
 }
 
+/// [OBJ] Passphrase of an encrypted image (UTF-8 without NUL, as QEMU demands);
+/// copied, wiped on free.  For qcow2rs_amend: that of a new key (encrypt.state =
+/// active), or of the keys to erase (inactive).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_create_opts_set_secret(
+    o: *mut qcow2rs_create_opts,
+    secret: *const c_void,
+    length: usize,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        let secret = Secret::new(call.bytes(secret.cast(), length, "secret")?)?;
+        settings(&opts).secret = Some(secret);
+        Ok(0)
+    })
+}
+
 /// [OBJ] ...and the rest by the names of `qemu-img create -o`: size, compat
 /// (0.10|1.1), cluster_size, lazy_refcounts, refcount_bits, extended_l2,
 /// compression_type (zlib|zstd), data_file_raw,
-/// preallocation (off|metadata|falloc|full); and data_file, a name for amend.
+/// preallocation (off|metadata|falloc|full), encrypt.format (luks|aes),
+/// encrypt.cipher-alg (aes-256, ...), encrypt.cipher-mode (xts|cbc|ctr|ecb),
+/// encrypt.ivgen-alg (plain64|plain|essiv), encrypt.ivgen-hash-alg,
+/// encrypt.hash-alg (sha256, ...), encrypt.iter-time (milliseconds that it takes
+/// to make, and later to open, the image; default 2000); for qcow2rs_amend also
+/// data_file (a name), encrypt.state and encrypt.keyslot.
 /// -ENOENT: no such option.  -EINVAL: bad value.  -ENOTSUP: an option or value
 /// of QEMU's that this build does not have.  What goes together is checked by
 /// create.
@@ -166,8 +205,14 @@ pub unsafe extern "C" fn qcow2rs_create_opts_set(
         let opts = call.held(o)?;
         let (name, value) = (call.text(name, "name")?, call.text(value, "value")?);
         let mut settings = settings(&opts);
-        if name != "data_file" {
-            settings.create.set(name, value)?;
+        match settings.create.set(name, value) {
+            // A name is for amending; with a storage of its own an image has both.
+            Err(_) if name == "data_file" => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                AmendOptions::default().set(name, value)?;
+                settings.amend_only = Some(name.to_owned());
+            }
+            set => set?,
         }
         settings.give(name, value);
         Ok(0)

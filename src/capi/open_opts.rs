@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::entry::{Call, flags};
 use super::handle::Handle;
 use super::storage::qcow2rs_storage;
+use crate::crypto::secret::Secret;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::options::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver};
 use crate::io::storage::Source;
@@ -173,7 +174,9 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set_flags(
 /// QCOW2RS_E_DIRTY), "allow-qcow2-magic" (on|off, default off: see set_format),
 /// "max-chain-depth" (images below this one, default 200), "max-metadata-size"
 /// (default 1G: for the whole chain, caches included; the cache sizes are per
-/// layer), "max-virtual-size" (default: the format's), "backing-direct"
+/// layer), "max-virtual-size" (default: the format's), "max-key-iterations" (of
+/// key derivation, to find out whether a passphrase opens a LUKS image; default
+/// 268435456), "backing-direct"
 /// (on|off: O_DIRECT for the images below, default as this one's, so that many
 /// disks can share one base's page cache), "data-file.filename" (the path of the
 /// external data file, whatever the image calls it; the reference policy is not
@@ -190,6 +193,51 @@ pub unsafe extern "C" fn qcow2rs_open_opts_set(
         let opts = call.held(o)?;
         let (name, value) = (call.text(name, "name")?, call.text(value, "value")?);
         settings(&opts).options.set(name, value)?;
+        Ok(0)
+    })
+}
+
+/// [OBJ] Passphrase for LUKS / legacy AES; copied, wiped on free (and when the
+/// last image that was opened with it is gone).  It is tried on each encrypted
+/// image of the chain that has none of its own.  A LUKS image takes the time to
+/// open that its writer chose, two seconds usually.  Without a passphrase, or
+/// with a wrong one, open is -EACCES, QCOW2RS_E_ENCRYPTED, but with CHECK_ONLY,
+/// which needs none.  Length 0 is a passphrase, too.  For LUKS images that ask
+/// for too much time: see "max-key-iterations" (QCOW2RS_E_LIMIT).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_open_opts_set_secret(
+    o: *mut qcow2rs_open_opts,
+    secret: *const c_void,
+    length: usize,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        let secret = Secret::new(call.bytes(secret.cast(), length, "secret")?)?;
+        settings(&opts).options.secret = Some(secret);
+        Ok(0)
+    })
+}
+
+/// [OBJ] The same for one image below: depth 1 is the backing file of the image
+/// that is opened, 2 the one below that, ...  -EINVAL: depth 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2rs_open_opts_set_backing_secret(
+    o: *mut qcow2rs_open_opts,
+    depth: u32,
+    secret: *const c_void,
+    length: usize,
+) -> c_int {
+    entry!(|call| {
+        let opts = call.held(o)?;
+        if depth == 0 {
+            return Err(Error::invalid(
+                "depth 0 is no image below: see qcow2rs_open_opts_set_secret",
+            ));
+        }
+        let secret = Secret::new(call.bytes(secret.cast(), length, "secret")?)?;
+        let secrets = &mut settings(&opts).options.backing_secrets;
+        secrets.retain(|(other, _)| *other != depth);
+        secrets.push((depth, secret));
         Ok(0)
     })
 }

@@ -27,7 +27,7 @@ pub extern "C" fn qcow2rs_version_string() -> *const c_char {
 pub unsafe extern "C" fn qcow2rs_has_feature(name: *const c_char) -> c_int {
     entry!(|call| {
         let present = match call.text(name, "name")? {
-            "zlib" | "direct-io" | "ofd-locks" | "io_uring" => 1,
+            "zlib" | "direct-io" | "ofd-locks" | "io_uring" | "luks" => 1,
             _ => 0,
         };
         Ok(present)

@@ -185,12 +185,6 @@ impl Header {
     /// `Corrupt` if a table lies in the header's cluster, where its first
     /// update would destroy the header.
     pub fn unsupported(&self, writable: bool) -> Result<()> {
-        match self.crypt_method {
-            0 => {}
-            1 => return Err(unsupported("the image is encrypted (legacy AES)")),
-            2 => return Err(unsupported("the image is encrypted (LUKS)")),
-            method => return Err(bad(format!("encryption method {method} does not exist"))),
-        }
         Compression::of(self.compression)?;
         if !writable {
             return Ok(());

@@ -71,6 +71,15 @@ impl Disk {
             ));
         };
         image.refuse_data_file("compressed clusters")?;
+        if image.is_encrypted() {
+            // QEMU would put them into the file as they are.
+            let text = format!(
+                "{}: compressed clusters are not encrypted, and nothing else is written to an \
+                 encrypted image",
+                image.storage.name()
+            );
+            return Err(Error::new(ErrorKind::NotSupported, text));
+        }
         let (geometry, end) = (image.geometry(), offset + data.len() as u64);
         let parts = [offset, end].map(|at| geometry.in_cluster(at) != 0);
         if !data.is_empty() && (parts[0] || parts[1] && end != image.size) {

@@ -244,6 +244,8 @@ impl Disk {
         }
         let at = host.get() + (run.start - base);
         part.writing.allocator.check_data(at, run.end - run.start)?;
-        part.image.storage.write(engine, &pieces, at).await
+        mutant!(CopiedInPlainText => return part.image.storage.write(engine, &pieces, at).await);
+        let guest = if mutant!(CopiedUnderOtherIv) { run.start + 512 } else { run.start };
+        part.image.write_data(engine, &pieces, at, guest).await
     }
 }

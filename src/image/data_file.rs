@@ -99,8 +99,9 @@ impl Qcow2 {
     }
 
     /// Whether the data file is to be a raw image by itself: it reads as the guest does.
+    /// (One that is encrypted never does, whatever the header says.)
     pub fn is_raw_data(&self) -> bool {
-        self.format.data_file && self.header.raw_external_data()
+        self.format.data_file && self.header.raw_external_data() && !self.is_encrypted()
     }
 
     /// `NotSupported` where data is not in the image file.

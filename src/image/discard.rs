@@ -236,8 +236,13 @@ impl Qcow2 {
         }
     }
 
-    /// Makes a hole where guest data was.
+    /// Makes a hole where guest data was. Not where it was encrypted: a hole reads as
+    /// anything once it is decrypted, and until the next flush a crash brings the old
+    /// entry back. (Whole clusters get theirs later; see `Allocator::late_holes`.)
     pub(super) async fn punch<E: Engine>(&self, engine: &E, writing: &Writing, bytes: Range<u64>) {
+        if self.is_encrypted() && !mutant!(EncryptedPunchedEarly) {
+            return;
+        }
         let length = bytes.end - bytes.start;
         let overlap = &writing.allocator.overlap;
         let own = self.format.data_file || overlap.may_punch(bytes.start, length);

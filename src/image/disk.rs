@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use once_cell::race::OnceBox;
+
 use super::bitmaps::Bitmaps;
 use super::bitmaps::bits::Bits;
 use super::cleaning::Cleaning;
@@ -41,7 +43,7 @@ pub struct Disk {
     /// nobody: who changes the list makes another disk.
     pub(super) recording: Vec<Arc<Bits>>,
     /// The same image with what lies behind its end, once that is asked for.
-    pub(super) vm_state: OnceLock<Box<Disk>>,
+    pub(super) vm_state: OnceBox<Disk>,
     pub(super) size: u64,
 }
 
@@ -131,6 +133,11 @@ impl Layer {
             Layer::Qcow2(image) => image.data_file.as_deref(),
             Layer::Raw(_) => None,
         }
+    }
+
+    /// Whether its guest data is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        matches!(self, Layer::Qcow2(image) if image.is_encrypted())
     }
 
     /// Makes the locks of its files what these need, after `Storage::change_access`.
@@ -226,7 +233,7 @@ impl Disk {
             view: None,
             bitmaps: OnceLock::new(),
             recording: Vec::new(),
-            vm_state: OnceLock::new(),
+            vm_state: OnceBox::new(),
             size,
         }
     }

@@ -8,6 +8,8 @@ use super::bitmaps::{Bitmap, Bitmaps};
 use super::disk::{Disk, Layer};
 use super::options::Format;
 use super::qcow2::Qcow2;
+use crate::crypto::hash::Hash;
+use crate::crypto::luks;
 use crate::error::{Error, Result};
 use crate::format::bitmap::{AUTO, BitmapEntry, IN_USE};
 use crate::io::engine::Engine;
@@ -72,6 +74,8 @@ pub struct Qcow2Info {
     pub autoclear: u64,
     /// Encryption method as stored: 0 none, 1 AES, 2 LUKS.
     pub crypt_method: u32,
+    /// What the LUKS header says, if there is one (and it can be understood).
+    pub luks: Option<LuksInfo>,
     /// The backing file as the header names it.
     pub backing: Option<StoredReference>,
     /// The name of the external data file as the header has it.
@@ -89,6 +93,61 @@ pub struct StoredBitmap {
     pub in_use: bool,
     /// It records changes.
     pub auto: bool,
+}
+
+/// What a LUKS header says; names are QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub struct LuksInfo {
+    pub uuid: String,
+    pub cipher_alg: &'static str,
+    pub cipher_mode: &'static str,
+    pub ivgen_alg: &'static str,
+    /// Only where the IV generator has a use for it.
+    pub ivgen_hash_alg: Option<&'static str>,
+    pub hash_alg: &'static str,
+    /// Bytes of header and key material.
+    pub payload_offset: u64,
+    pub master_key_iters: u32,
+    pub slots: Vec<KeySlotInfo>,
+}
+
+/// What is known of a key slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct KeySlotInfo {
+    pub active: bool,
+    /// Where its material is, from the beginning of the LUKS header.
+    pub key_offset: u64,
+    pub iters: u32,
+    pub stripes: u32,
+}
+
+impl LuksInfo {
+    fn of(header: &luks::Header) -> LuksInfo {
+        let suite = &header.suite;
+        LuksInfo {
+            uuid: header.uuid.clone(),
+            cipher_alg: suite.cipher.name(),
+            cipher_mode: suite.mode.name(),
+            ivgen_alg: suite.ivs.name(),
+            ivgen_hash_alg: suite.ivs.hash().map(Hash::name),
+            hash_alg: suite.hash.name(),
+            payload_offset: header.payload_offset,
+            master_key_iters: header.iterations,
+            slots: header
+                .slots
+                .iter()
+                .map(|slot| KeySlotInfo {
+                    active: slot.active,
+                    key_offset: slot.offset,
+                    iters: slot.iterations,
+                    stripes: slot.stripes,
+                })
+                .collect(),
+        }
+    }
 }
 
 /// A reference exactly as the header stores it.
@@ -141,6 +200,7 @@ impl Qcow2 {
             compatible: header.compatible,
             autoclear: header.autoclear,
             crypt_method: header.crypt_method,
+            luks: self.unlocked.luks.as_deref().map(LuksInfo::of),
             backing: header.backing.as_ref().map(|backing| StoredReference {
                 name: backing.name.clone(),
                 format: backing.format.clone(),

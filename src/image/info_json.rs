@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::info::{Info, Qcow2Info, StoredReference};
+use super::info::{Info, LuksInfo, Qcow2Info, StoredReference};
 use crate::format::header::{autoclear, compatible, incompatible};
 
 impl Info {
@@ -66,6 +66,13 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         });
     }
     json.member("refcount-bits").number(qcow2.refcount_bits.into());
+    match (&qcow2.luks, qcow2.crypt_method) {
+        (Some(luks), _) => json.member("encrypt").object(|json| encrypt(json, luks)),
+        (None, 1) => {
+            json.member("encrypt").object(|json| json.member("format").string("aes"));
+        }
+        (None, _) => {}
+    }
     if modern {
         json.member("corrupt").switch(qcow2.incompatible & incompatible::CORRUPT != 0);
         json.member("extended-l2").switch(qcow2.extended_l2);
@@ -76,6 +83,31 @@ fn specific(json: &mut Json, qcow2: &Qcow2Info) {
         }
         json.member("data-file-raw").switch(qcow2.autoclear & autoclear::RAW_EXTERNAL_DATA != 0);
     }
+}
+
+fn encrypt(json: &mut Json, luks: &LuksInfo) {
+    json.member("format").string("luks");
+    json.member("uuid").string(&luks.uuid);
+    json.member("cipher-alg").string(luks.cipher_alg);
+    json.member("cipher-mode").string(luks.cipher_mode);
+    json.member("ivgen-alg").string(luks.ivgen_alg);
+    if let Some(hash) = luks.ivgen_hash_alg {
+        json.member("ivgen-hash-alg").string(hash);
+    }
+    json.member("hash-alg").string(luks.hash_alg);
+    json.member("detached-header").switch(false);
+    json.member("payload-offset").number(luks.payload_offset);
+    json.member("master-key-iters").number(luks.master_key_iters.into());
+    json.member("slots").array(luks.slots.iter(), |json, slot| {
+        json.object(|json| {
+            json.member("active").switch(slot.active);
+            json.member("key-offset").number(slot.key_offset);
+            if slot.active {
+                json.member("iters").number(slot.iters.into());
+                json.member("stripes").number(slot.stripes.into());
+            }
+        });
+    });
 }
 
 /// A JSON text under construction, laid out for people.
@@ -207,6 +239,7 @@ mod tests {
             compatible: 0,
             autoclear: 0,
             crypt_method: 0,
+            luks: None,
             backing: None,
             data_file: None,
         }

@@ -1,5 +1,5 @@
-//! Requests whose place is known: all of the range is stored in one piece, and the
-//! tables that say so are in memory. These are nearly all requests of a disk in use,
+//! Requests whose place is known: all of the range is stored in one piece, as the guest
+//! has it (not encrypted), and the tables that say so are in memory. These are nearly all requests of a disk in use,
 //! and they are spared futures: an engine completes them at once, or a ring is given
 //! them as they are and says later how they ended. Whatever is not as simple is left
 //! to `read` and `write`, which find errors again and deal with them.
@@ -101,6 +101,9 @@ impl Disk {
         }
         let part = self.try_locate(0, GuestOffset(offset), len).ok()?.ok()?;
         if part.run.kind != Subcluster::Normal || part.run.len != len {
+            return None;
+        }
+        if self.layers.get(part.layer)?.is_encrypted() {
             return None;
         }
         Some(Place { layer: part.layer, at: part.run.host?.get() })

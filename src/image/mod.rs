@@ -9,6 +9,7 @@ mod cow;
 pub(crate) mod data_file;
 mod discard;
 pub(crate) mod disk;
+pub(crate) mod encryption;
 pub(crate) mod expand;
 pub(crate) mod feature_bits;
 mod gate;

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use super::bitmaps::Bitmaps;
 use super::data_file::open_data_file;
 use super::disk::{Disk, Layer, Raw};
+use super::encryption::{self, Encryption};
 use super::gate;
 use super::open_writable::begin_writing;
 use super::options::{Format, OpenOptions, Reference, ReferenceKind};
@@ -95,7 +96,7 @@ impl Disk {
         let opened = async {
             check_depth(0, options)?;
             let (source, format) = gate::resolve(options, &reference, directory)?;
-            let below = below(options, format);
+            let below = below(options, format, 1);
             let storage = Storage::open(source, access(&below))?;
             Disk::open_chain(engine, storage, None, &below, 1).await
         }
@@ -149,7 +150,7 @@ impl Disk {
             let lower = async {
                 let directory = layers.last().and_then(|layer| layer.storage().path()?.parent());
                 let (source, format) = gate::resolve(options, &reference, directory)?;
-                let below = below(options, format);
+                let below = below(options, format, depth + 1);
                 let storage = open_once(source, access(&below), &seen)?;
                 seen.extend(storage.identity());
                 let mut layer = open_layer(engine, storage, &below, &mut budget).await?;
@@ -220,7 +221,8 @@ impl Disk {
         let mut budget = self.budget_above();
         let first = read(engine, &old.storage, 0, Header::READ_FIRST).await?;
         let storage = old.storage.clone();
-        let mut image = open_qcow2(engine, storage, &first, options, &mut budget).await?;
+        let key = old.unlocked.encryption.clone();
+        let mut image = open_qcow2(engine, storage, &first, options, &mut budget, key).await?;
         image.data_file = old.data_file.clone();
         let mut kept = None;
         if will_write(options) {
@@ -285,9 +287,11 @@ pub(super) fn open_once(
     Ok(storage)
 }
 
-/// How an image below one that is opened with `options` is opened.
-fn below(options: &OpenOptions, format: Format) -> OpenOptions {
+/// How an image below one that is opened with `options` is opened. `depth`: images above.
+fn below(options: &OpenOptions, format: Format, depth: u32) -> OpenOptions {
+    let own = options.backing_secrets.iter().find(|(at, _)| *at == depth);
     OpenOptions {
+        secret: own.map(|(_, secret)| secret).or(options.secret.as_ref()).cloned(),
         format,
         writable: false,
         direct: options.backing_direct.unwrap_or(options.direct),
@@ -312,6 +316,7 @@ fn below_error(error: Error, referrer: &str, name: &str, depth: u32) -> Error {
         | ErrorKind::Limit
         | ErrorKind::Backing(_)
         | ErrorKind::DataFile(_)
+        | ErrorKind::Encrypted
         | ErrorKind::OutOfMemory => error.context(context),
         _ => {
             let kind = ErrorKind::Backing(error.errno());
@@ -377,7 +382,8 @@ async fn open_layer<E: Engine>(
             Ok(Layer::Raw(Arc::new(Raw { storage, size: length, health })))
         }
         Format::Qcow2 => {
-            let image = open_qcow2(engine, Arc::new(storage), &first, options, budget).await?;
+            let storage = Arc::new(storage);
+            let image = open_qcow2(engine, storage, &first, options, budget, None).await?;
             Ok(Layer::Qcow2(Arc::new(image)))
         }
     }
@@ -399,6 +405,7 @@ async fn open_qcow2<E: Engine>(
     first: &[u8],
     options: &OpenOptions,
     budget: &mut Budget,
+    unlocked_before: Option<Arc<Encryption>>,
 ) -> Result<Qcow2> {
     let in_image = |error: Error| error.context(storage.name().to_owned());
     let wanted = Header::bytes_wanted(first).map_err(in_image)?;
@@ -421,6 +428,8 @@ async fn open_qcow2<E: Engine>(
     let l2 = reserve(&header, options, budget, storage.name())?;
     let table = read_table(engine, &storage, header.l1_offset, l1_size(&header, options)).await?;
     let l1 = L1Table::new(header.l1_offset, table.into_iter());
+    // Last: it may take a while.
+    let unlocked = encryption::unlock(engine, &storage, &header, options, unlocked_before).await?;
 
     Ok(Qcow2 {
         storage,
@@ -432,6 +441,7 @@ async fn open_qcow2<E: Engine>(
         },
         size: header.virtual_size(),
         header,
+        unlocked,
         l1,
         l2,
         writing: None,

@@ -107,8 +107,10 @@ async fn open_for_writing<E: Engine>(
     let width = RefcountWidth::new(header.refcount_order)?;
     let refcounts =
         Refcounts::new(geometry, width, table, refcount_cache(options), overlap.clone())?;
+    let mut allocator = Allocator::new(geometry, refcounts, overlap, health, storage, length);
+    allocator.late_holes = image.is_encrypted() && options.discard;
     Ok(Writing {
-        allocator: Allocator::new(geometry, refcounts, overlap, health, storage, length),
+        allocator,
         claims: Default::default(),
         flushing: crate::io::wait::AsyncMutex::new(()),
         filling: AsyncMutex::new(None),
@@ -160,6 +162,9 @@ async fn index_metadata<E: Engine>(
     }
     if let Some(bitmaps) = &header.extensions.bitmaps {
         index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
+    }
+    if let Some(crypto) = &header.extensions.crypto {
+        index.add(crypto.offset, crypto.length, Metadata::EncryptionHeader);
     }
     index_snapshots(engine, image, &index, check, budget)
         .await

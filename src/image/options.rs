@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::cleaning::DEFAULT_INTERVAL;
 use crate::alloc::overlap_check::OverlapCheck;
+use crate::crypto::secret::Secret;
 use crate::error::Result;
 use crate::io::storage::Source;
 
@@ -161,9 +162,23 @@ pub struct OpenOptions {
     /// The external data file of the image, whatever name it stores; the policy is not
     /// asked. For images that have one only.
     pub data_file: Option<Arc<Source>>,
+    /// The passphrase of an encrypted image, and of those below it that are encrypted,
+    /// unless `backing_secrets` has theirs.
+    pub secret: Option<Secret>,
+    /// Passphrases of images below: how many images are above, as in
+    /// [`Reference::depth`] plus 1, and the passphrase.
+    pub backing_secrets: Vec<(u32, Secret)>,
+    /// Iterations of key derivation that may be spent to find out whether a passphrase
+    /// opens an image, for each image: they are what makes guessing slow, and an
+    /// untrusted image may ask for any number of them.
+    pub max_key_iterations: u64,
     /// What to do with files that the image names.
     pub policy: Policy,
 }
+
+/// Iterations of key derivation: a minute or so, and thirty times what QEMU's default is
+/// for a key slot.
+const KEY_ITERATIONS: u64 = 1 << 28;
 
 impl Default for OpenOptions {
     fn default() -> Self {
@@ -194,6 +209,9 @@ impl Default for OpenOptions {
             repair_dirty: true,
             overlap_check: OverlapCheck::default(),
             data_file: None,
+            secret: None,
+            backing_secrets: Vec::new(),
+            max_key_iterations: KEY_ITERATIONS,
             policy: Policy::Deny,
         }
     }
@@ -216,6 +234,13 @@ impl OpenOptions {
     #[must_use]
     pub fn format(mut self, format: Format) -> OpenOptions {
         self.format = format;
+        self
+    }
+
+    /// The passphrase of an encrypted image; see [`OpenOptions::secret`].
+    #[must_use]
+    pub fn secret(mut self, secret: Secret) -> OpenOptions {
+        self.secret = Some(secret);
         self
     }
 

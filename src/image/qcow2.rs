@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::claims::Claims;
+use super::encryption::Unlocked;
 use super::feature_bits::FeatureBits;
 pub use super::l1_table::L1Table;
 use crate::alloc::allocator::Allocator;
@@ -33,6 +34,8 @@ pub struct Qcow2 {
     pub data_file: Option<Arc<Storage>>,
     /// As read at open, but for the bits that are changed later.
     pub header: Header,
+    /// What encrypts guest data, if something does.
+    pub unlocked: Unlocked,
     /// How its L2 entries are read.
     pub format: L2Format,
     /// Bytes of the virtual disk.
@@ -170,10 +173,13 @@ impl Qcow2 {
     }
 
     /// The common case of `lookup`: all `len` bytes (at least 1) lie in one host
-    /// cluster, here; and whether they may be written in place. `None`: anything else,
-    /// or not known without I/O.
+    /// cluster, here, as the guest has them; and whether they may be written in place.
+    /// `None`: anything else, or not known without I/O.
     #[inline]
     pub fn stored(&self, offset: GuestOffset, len: u64) -> Option<(DataOffset, bool)> {
+        if self.is_encrypted() {
+            return None;
+        }
         let geometry = self.geometry();
         let cluster = geometry.guest_cluster(offset);
         let l1_entry = self.l1.get(geometry.l1_index(cluster));

@@ -69,7 +69,7 @@ impl Disk {
         let Some(layer) = self.layers.get(part.layer) else { return Ok(()) };
         match (part.run.kind, layer) {
             (Subcluster::Normal, Layer::Qcow2(image)) => match part.run.host {
-                Some(host) => image.data().read(engine, to, host.get()).await,
+                Some(host) => image.read_data(engine, to, host.get(), at.0).await,
                 None => Err(Error::corrupt("allocated data without a host offset")),
             },
             (Subcluster::Normal, Layer::Raw(raw)) => raw.storage.read(engine, to, at.0).await,

@@ -13,7 +13,8 @@ pub struct Extent {
     pub offset: u64,
     /// Bytes, > 0.
     pub length: u64,
-    /// Where the bytes are in the storage of the layer `depth`.
+    /// Where the bytes are in the storage of the layer `depth`; never for bytes that are
+    /// not there as the guest has them: compressed or encrypted ones.
     pub host_offset: Option<u64>,
     /// Reads come from stored data.
     pub data: bool,
@@ -104,11 +105,12 @@ impl Disk {
             }
             _ => self.locate(engine, 0, GuestOffset(at), max).await?,
         };
+        let encrypted = self.layers.get(part.layer).is_some_and(|layer| layer.is_encrypted());
         let more_below = this_layer && self.layers.len() > 1;
         let mut extent = Extent {
             offset: at,
             length: part.run.len,
-            host_offset: part.run.host.map(|host| host.get()),
+            host_offset: part.run.host.map(|host| host.get()).filter(|_| !encrypted),
             data: false,
             zero: false,
             allocated: true,

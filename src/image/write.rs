@@ -93,7 +93,11 @@ pub(super) enum Ground {
 }
 
 impl Ground {
-    fn of(allocation: &Allocation<'_>) -> Ground {
+    fn of(image: &Qcow2, allocation: &Allocation<'_>) -> Ground {
+        // Zeroes are no zeroes once they are decrypted.
+        if image.is_encrypted() && !mutant!(EncryptedGroundTakenForZero) {
+            return Ground::Used;
+        }
         match (allocation.may_be_pointed_to(), allocation.is_fresh()) {
             (true, _) => Ground::Zero,
             (false, true) => Ground::Fresh,
@@ -200,7 +204,7 @@ impl Disk {
             };
             image.check_data(writing, host, run.len)?;
             let pieces = [data.sub(done, run.len as usize)];
-            image.data().write(engine, &pieces, host.get()).await?;
+            image.write_data(engine, &pieces, host.get(), at.0).await?;
             return Ok(run.len as usize);
         }
     }
@@ -287,7 +291,7 @@ impl Disk {
         let image = part.image;
         let geometry = image.geometry();
         let host: DataOffset = allocation.start()?.into();
-        let ground = Ground::of(&allocation);
+        let ground = Ground::of(image, &allocation);
         if !geometry.extended_l2 {
             let written = self.fill(engine, part, host, ground).await;
             return keep_or_give_back(allocation, written);
@@ -377,12 +381,15 @@ impl Disk {
         let data = part.data.clone();
         let place = DataOffset::in_data_file(at);
         part.image.check_data(part.writing, place, edges.bytes(&data))?;
-        let storage = part.image.data();
+        let guest = part.offset.0 - edges.head.as_ref().map_or(0, Piece::len) as u64;
+        let image = part.image;
         match (edges.head, edges.tail) {
-            (None, None) => storage.write(engine, &[data], at).await?,
-            (Some(head), None) => storage.write(engine, &[head, data], at).await?,
-            (None, Some(tail)) => storage.write(engine, &[data, tail], at).await?,
-            (Some(head), Some(tail)) => storage.write(engine, &[head, data, tail], at).await?,
+            (None, None) => image.write_data(engine, &[data], at, guest).await?,
+            (Some(head), None) => image.write_data(engine, &[head, data], at, guest).await?,
+            (None, Some(tail)) => image.write_data(engine, &[data, tail], at, guest).await?,
+            (Some(head), Some(tail)) => {
+                image.write_data(engine, &[head, data, tail], at, guest).await?;
+            }
         }
         if !harmless {
             part.writing.allocator.need_order();

@@ -151,7 +151,7 @@ async fn fill_edges<E: Engine>(
 }
 
 /// Copies what the pieces hold from `skip` on into `to`, as much as it takes.
-fn copy_pieces(pieces: &[Piece<'_>], mut skip: usize, to: &BlockSlice) {
+pub(crate) fn copy_pieces(pieces: &[Piece<'_>], mut skip: usize, to: &BlockSlice) {
     let mut done = 0;
     for piece in pieces {
         if done == to.len() {

@@ -17,5 +17,7 @@ pub mod storage;
 pub(crate) mod turns;
 pub mod wait;
 
+pub(crate) use direct::copy_pieces;
+
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,5 @@
-//! Which byte ranges of a storage are being written in direct mode.
+//! Which byte ranges of a storage are being written, where only whole blocks can be: in
+//! direct mode, or because they are encrypted.
 //!
 //! A write smaller than a block reads the block and writes it back: whoever
 //! writes that block in between would be undone. So every write registers the
@@ -12,7 +13,7 @@ use super::wait::WaitList;
 
 /// Ranges being written.
 #[derive(Default, Debug)]
-pub(super) struct RangeLock {
+pub(crate) struct RangeLock {
     held: Mutex<Vec<Held>>,
     waiting: WaitList,
 }
@@ -32,7 +33,7 @@ impl Held {
 
 impl RangeLock {
     /// Waits until nobody stands in the way.
-    pub(super) async fn lock(&self, range: Range<u64>, alone: bool) -> RangeGuard<'_> {
+    pub(crate) async fn lock(&self, range: Range<u64>, alone: bool) -> RangeGuard<'_> {
         let wanted = Held { range, alone };
         self.waiting.until(|| self.try_lock(&wanted)).await
     }
@@ -83,7 +84,7 @@ impl RangeLock {
 
 /// A locked range; dropping it unlocks.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
+pub(crate) struct RangeGuard<'a> {
     lock: &'a RangeLock,
     held: Held,
 }

@@ -48,6 +48,7 @@ impl Disk {
             data_file: None,
             size: header.virtual_size(),
             header,
+            unlocked: image.unlocked.clone(),
             format: image.format,
             l1,
             l2,

@@ -283,6 +283,19 @@ impl Block {
         Ok(block)
     }
 
+    /// The bytes, for who has the buffer alone; if somebody still has a part of it, this
+    /// becomes a copy first. `OutOfMemory`.
+    pub fn make_own(&mut self) -> Result<&mut [u8]> {
+        if Arc::get_mut(&mut self.0).is_none() {
+            *self = Block::from_bytes(&self.all().to_vec()?)?;
+        }
+        let (ptr, len) = (self.0.ptr, self.0.layout.size());
+        // SAFETY: `len` initialised bytes, which live as long as the block. Nobody else
+        // has the block or a slice of it, and whoever gets one by `self` later ends this
+        // borrow; an operation on it would have kept a slice.
+        Ok(unsafe { std::slice::from_raw_parts_mut(ptr.as_ptr(), len) })
+    }
+
     /// All of it.
     pub fn all(&self) -> BlockSlice {
         BlockSlice { block: self.clone(), start: 0, len: self.0.layout.size() }
@@ -387,6 +400,18 @@ mod tests {
         // SAFETY: only the lengths are looked at.
         let guest = unsafe { GuestRef::from_iovec(iov.as_ptr(), iov.len()) };
         assert!(guest.is_none());
+    }
+
+    #[test]
+    fn a_block_that_is_shared_is_copied_before_it_changes() {
+        let mut block = Block::from_bytes(b"abc").unwrap();
+        let address = block.all().as_ptr();
+        assert_eq!(block.make_own().unwrap(), b"abc");
+        assert_eq!(block.all().as_ptr(), address);
+        let other = block.slice(1, 2);
+        block.make_own().unwrap()[1] = b'x';
+        assert_eq!(other.to_vec().unwrap(), b"bc");
+        assert_eq!(block.slice(0, 3).to_vec().unwrap(), b"axc");
     }
 
     #[test]

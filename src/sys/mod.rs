@@ -8,4 +8,5 @@ pub mod file;
 pub mod lock;
 pub mod memory;
 pub mod pages;
+pub mod random;
 pub mod uring;

@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use super::support::aes;
+
 /// Bytes of a file; zero past its end.
 pub trait ReadAt {
     fn length(&self) -> u64;
@@ -60,6 +62,8 @@ pub struct Header {
     pub incompatible: u64,
     pub autoclear: u64,
     pub refcount_order: u64,
+    /// In the old way.
+    pub encrypted: bool,
     /// Type and data.
     pub extensions: Vec<(u64, Vec<u8>)>,
 }
@@ -107,6 +111,7 @@ impl Header {
             snapshots: Table { offset: be64(&raw, 64), entries: be32(&raw, 60) },
             incompatible: if_v3(be64(&raw, 72)),
             autoclear: if_v3(be64(&raw, 88)),
+            encrypted: be32(&raw, 32) == 1,
             refcount_order: if v3 { be32(&raw, 96) } else { 4 },
             extensions: Vec::new(),
         };
@@ -336,20 +341,21 @@ pub fn read_guest_data(
     }
     let l1 = header.read_table(file, header.l1);
     let covers = header.l2_entries() as usize * cluster;
-    for (part, l1_entry) in disk.chunks_mut(covers).zip(l1) {
+    for ((part, l1_entry), first) in disk.chunks_mut(covers).zip(l1).zip((0..).step_by(covers)) {
         let table = bits(l1_entry, OFFSET);
         if table == 0 {
             continue;
         }
         let table = file.bytes(table, header.cluster);
         for (index, out) in (0..).zip(part.chunks_mut(cluster)) {
-            read_cluster(data, header, header.l2_entry(&table, index), out);
+            let guest = first + index * header.cluster;
+            read_cluster(data, header, header.l2_entry(&table, index), guest, out);
         }
     }
     disk
 }
 
-fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]) {
+fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, guest: u64, out: &mut [u8]) {
     let place = match &entry.kind {
         Kind::Compressed(range) => {
             let packed = file.bytes(range.start, range.end - range.start);
@@ -372,10 +378,14 @@ fn read_cluster(file: &dyn ReadAt, header: &Header, entry: Entry, out: &mut [u8]
         None => (if place.is_none() { 0 } else { u32::MAX }, 0),
     };
     let host = place.unwrap_or(0);
+    let mut stored = file.bytes(host, header.cluster);
+    if header.encrypted {
+        aes::decrypt(&mut stored, guest);
+    }
     let size = header.cluster as usize / 32;
     for (index, part) in out.chunks_mut(size).enumerate() {
         if alloc >> index & 1 == 1 {
-            file.read_at(host + (index * size) as u64, part);
+            part.copy_from_slice(&stored[index * size..][..part.len()]);
         } else if zero >> index & 1 == 1 {
             part.fill(0);
         }

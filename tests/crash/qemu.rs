@@ -1,7 +1,11 @@
 //! Running QEMU's tools.
 
+use std::ffi::OsString;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
+
+use super::support::aes;
 
 /// What `qemu-img check` says of an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,12 +44,26 @@ fn succeeded(command: &str, output: Output) -> String {
     text
 }
 
+/// The arguments that name an image, with its passphrase where it has one.
+fn image(path: &Path) -> Vec<OsString> {
+    let mut method = [0; 4];
+    let file = std::fs::File::open(path).expect("the image is there");
+    file.read_exact_at(&mut method, 32).expect("it has a header");
+    if method == [0; 4] {
+        return ["-f".into(), "qcow2".into(), path.into()].into();
+    }
+    let name = path.to_str().expect("its name is text");
+    let secret = format!("secret,id=key,data={}", aes::PASSPHRASE);
+    let image = format!("driver=qcow2,encrypt.key-secret=key,file.filename={name}");
+    ["--object", &secret, "--image-opts", &image].map(OsString::from).into()
+}
+
 /// Has `qemu-img check` look at an image; also what it said.
 pub fn check(path: &Path) -> (Verdict, String) {
     let mut check = Command::new("qemu-img");
     // Where a data file is looked for by QEMU.
     check.current_dir(path.parent().expect("it is in a directory"));
-    check.args(["check", "--output=json", "-f", "qcow2"]).arg(path);
+    check.args(["check", "--output=json"]).args(image(path));
     let output = check.output().expect("qemu-img");
     let text = String::from_utf8_lossy(&output.stdout);
     let said = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
@@ -67,7 +85,7 @@ pub fn check(path: &Path) -> (Verdict, String) {
 pub fn repair(path: &Path) {
     let mut repair = Command::new("qemu-img");
     repair.current_dir(path.parent().expect("it is in a directory"));
-    repair.args(["check", "-q", "-r", "all", "-f", "qcow2"]).arg(path);
+    repair.args(["check", "-q", "-r", "all"]).args(image(path));
     succeeded("qemu-img check -r all", repair.output().expect("qemu-img"));
 }
 

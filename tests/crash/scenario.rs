@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use qcow2rs::image::Disk;
 use qcow2rs::io::sim::{Crash, FileOptions, Rng, SimDisk, SimEngine, SimFile};
-use qcow2rs::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver, Source};
+use qcow2rs::{Format, OpenOptions, Policy, Reference, ReferenceKind, Resolver, Secret, Source};
 
 use super::images_taken::crash_image;
 use super::layout::ReadAt;
 use super::oracle::{Mode, Oracle, SECTOR, Word, fill, word};
 pub use super::report::{Failure, Verdict};
 use super::snapshot::keep_snapshot;
+use super::support;
 use super::support::builder::{Cluster, Kind, build_both};
 
 /// What is tried, but for chance. [`Config::new`] gives one to be changed.
@@ -290,6 +291,9 @@ async fn open_with(disk: &SimDisk, config: &Config, options: OpenOptions) -> qco
     options.l2_cache_entry_size = Some(slice);
     options.refcount_cache_size = Some(bytes);
     options.discard_no_unref = config.discard_keeps;
+    if config.kind.encrypted {
+        options.secret = Some(Secret::new(support::aes::PASSPHRASE.as_bytes())?);
+    }
     let file = disk.file("image").expect("there is an image");
     Disk::open(&SimEngine, Source::sim(file), &options).await
 }

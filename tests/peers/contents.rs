@@ -245,6 +245,7 @@ fn an_image_that_is_refused_is_not_changed() {
         match incompatible {
             // Its data file has no name; one more bit is no reason to change anything.
             4 | 5 => assert!(matches!(error.kind(), ErrorKind::DataFile(_)), "{error:?}"),
+            0 => assert_eq!(error.kind(), ErrorKind::Encrypted),
             _ => assert_eq!(error.kind(), ErrorKind::UnsupportedFeature),
         }
         assert!(std::fs::read(&path).unwrap() == before);

@@ -173,14 +173,6 @@ fn an_image_that_is_marked_corrupt_is_read_but_not_written_to() {
 #[test]
 fn features_of_qemus_that_are_not_ours_are_refused() {
     let scratch = Scratch::new();
-    let secret = ["--object", "secret,id=key,data=secret"];
-    let aes = "encrypt.format=aes,encrypt.key-secret=key";
-    let path = scratch.path("image");
-    let create = ["create", "-q", "-f", "qcow2", "-o", aes, text(&path), "1M"];
-    qemu_ok("qemu-img", &[&create[..1], &secret, &create[1..]].concat());
-    for writable in [false, true] {
-        assert_eq!(refusal(&path, writable), ErrorKind::UnsupportedFeature);
-    }
     let path = image(&scratch, "");
     for bit in [5, 40, 63] {
         patch(&path, field::INCOMPATIBLE, 1 << bit);

@@ -2,6 +2,8 @@
 
 use qcow2rs::format::compressed::deflate;
 
+use super::aes;
+
 /// What kind of image.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
@@ -25,6 +27,8 @@ pub struct Kind {
     pub data_file: bool,
     /// Where that is a raw image by itself.
     pub raw: bool,
+    /// With its data encrypted in the old way (AES) by `aes::PASSPHRASE`.
+    pub encrypted: bool,
 }
 
 /// A cluster of the virtual disk.
@@ -58,6 +62,7 @@ impl Kind {
         autoclear: false,
         data_file: false,
         raw: false,
+        encrypted: false,
     };
 
     pub fn l2_entry(&self) -> u64 {
@@ -127,7 +132,10 @@ impl Builder {
         let (size, copied) = (self.kind.cluster, u64::from(!self.kind.snapshot) << 63);
         match cluster {
             Cluster::Nothing => (0, 0),
-            Cluster::Data { bytes, alloc, zero } if alloc != 0 => {
+            Cluster::Data { mut bytes, alloc, zero } if alloc != 0 => {
+                if self.kind.encrypted {
+                    aes::encrypt(&mut bytes, guest * size);
+                }
                 let host = match self.kind.data_file {
                     true => self.put_data(guest, &bytes),
                     false => {
@@ -281,6 +289,7 @@ pub fn build_both(kind: Kind, mut content: impl FnMut(u64) -> Cluster) -> (Vec<u
     image.put32(4, kind.version.into());
     image.put32(20, kind.cluster.trailing_zeros().into());
     image.put64(24, kind.size);
+    image.put32(32, kind.encrypted.into());
     image.put32(36, l1.len() as u64);
     image.put64(40, l1_offset);
     image.put64(48, reftable);

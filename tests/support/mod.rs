@@ -1,6 +1,7 @@
 //! What several tests need: a scratch directory, seeded random numbers, QEMU.
 #![allow(dead_code)] // Each test uses its part of it.
 
+pub mod aes;
 pub mod builder;
 pub mod damage;
 pub mod dissect;

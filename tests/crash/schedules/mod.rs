@@ -12,6 +12,7 @@ mod cancel;
 mod compressing;
 mod data_files;
 mod durability;
+mod encryption;
 mod exhaustion;
 mod flights;
 mod growth;
