@@ -115,15 +115,15 @@ fn preallocated_clusters_read_as_zero() {
 
 #[test]
 fn measures_as_qemu_does() {
-    for options in [
-        LUKS.to_owned(),
-        AES.to_owned(),
-        format!("{LUKS},cluster_size=512"),
-        format!("{LUKS},cluster_size=2M,encrypt.cipher-alg=aes-128"),
-        format!("{LUKS},encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=cbc,refcount_bits=64"),
-        format!("{LUKS},preallocation=full"),
+    let cast5 = "encrypt.cipher-alg=cast5-128,encrypt.cipher-mode=cbc,refcount_bits=64";
+    // QEMU takes two seconds for each with LUKS, whatever its options say.
+    for (options, sizes) in [
+        (AES.to_owned(), &[0u64, 1 << 20, 1 << 30][..]),
+        (LUKS.to_owned(), &[1 << 30]),
+        (format!("{LUKS},cluster_size=512,{cast5}"), &[1 << 20]),
+        (format!("{LUKS},preallocation=full,cluster_size=2M"), &[1 << 20]),
     ] {
-        for size in [0u64, 1 << 20, 1 << 30] {
+        for size in sizes.iter().copied() {
             let ours = qcow2rs::measure(&create_options(&options, size)).unwrap();
             let secrets = secrets();
             let (list, number) = (format!("{options},encrypt.key-secret=s"), size.to_string());

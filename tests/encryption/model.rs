@@ -49,7 +49,7 @@ fn open(image: &std::path::Path, rng: &mut Rng) -> Image {
 
 #[test]
 fn random_operations_by_us_and_by_qemu_in_turn() {
-    for_seeds("encryption", 1, |seed| {
+    for_seeds("encryption", 4, |seed| {
         for (number, (case, encryption)) in cases().into_iter().enumerate() {
             let mut rng = Rng::new(seed * 1000 + number as u64);
             describe(format!("{case:?} {encryption}"), || run(case, &encryption, &mut rng));
