@@ -6,6 +6,9 @@
 //! The data is what files of this machine hold. QEMU's time is that of `qemu-img
 //! convert` less that of one that has nothing to convert.
 
+#[path = "../common/whole.rs"]
+mod whole;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -13,31 +16,10 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use qcow2rs::{CreateOptions, Image, OpenOptions, Source, WriteFlags};
+use whole::{Settings, median};
 
 /// Bytes of a request.
 const REQUEST: usize = 2 << 20;
-
-struct Settings {
-    directory: PathBuf,
-    bytes: usize,
-    rounds: usize,
-}
-
-fn settings() -> Settings {
-    let mut settings = Settings { directory: std::env::temp_dir(), bytes: 256 << 20, rounds: 5 };
-    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
-    while let Some(word) = words.next() {
-        let value = words.next().unwrap_or_else(|| panic!("{word} needs a value"));
-        let number = || value.parse::<usize>().expect("a number");
-        match word.as_str() {
-            "--dir" => settings.directory = value.into(),
-            "--megabytes" => settings.bytes = number() << 20,
-            "--rounds" => settings.rounds = number(),
-            _ => panic!("{word}: there are --dir, --megabytes and --rounds"),
-        }
-    }
-    settings
-}
 
 /// So many bytes of the files under /usr, in the order of their names.
 fn collect(into: &Path, bytes: usize) {
@@ -122,13 +104,8 @@ fn we_make(data: &[u8], path: &Path, method: &str, threads: usize) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
-    let Settings { directory, bytes, rounds } = settings();
+    let Settings { directory, bytes, rounds } = Settings::given();
     let scratch = tempfile::tempdir_in(directory).expect("the directory can be written");
     let path = |name: &str| scratch.path().join(name);
     let (raw, empty) = (path("raw"), path("empty"));

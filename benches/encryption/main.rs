@@ -6,6 +6,9 @@
 //!
 //!     scripts/bench-encryption.sh [--dir DIRECTORY] [--megabytes N] [--rounds N]
 
+#[path = "../common/whole.rs"]
+mod whole;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,30 +18,9 @@ use qcow2rs::{
     CreateOptions, EncryptionFormat, EncryptionOptions, Image, OpenOptions, Secret, Source,
     WriteFlags,
 };
+use whole::{Settings, median};
 
 const PASSPHRASE: &str = "benchmark";
-
-struct Settings {
-    directory: PathBuf,
-    bytes: usize,
-    rounds: usize,
-}
-
-fn settings() -> Settings {
-    let mut settings = Settings { directory: std::env::temp_dir(), bytes: 256 << 20, rounds: 5 };
-    let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
-    while let Some(word) = words.next() {
-        let value = words.next().unwrap_or_else(|| panic!("{word} needs a value"));
-        let number = || value.parse::<usize>().expect("a number");
-        match word.as_str() {
-            "--dir" => settings.directory = value.into(),
-            "--megabytes" => settings.bytes = number() << 20,
-            "--rounds" => settings.rounds = number(),
-            _ => panic!("{word}: there are --dir, --megabytes and --rounds"),
-        }
-    }
-    settings
-}
 
 /// What is measured.
 struct Row {
@@ -164,13 +146,8 @@ fn qemu_takes(path: &Path, raw: &Path, encrypted: bool, row: &Row, bytes: usize)
     (all - nothing).max(1e-9)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
-    let Settings { directory, bytes, rounds } = settings();
+    let Settings { directory, bytes, rounds } = Settings::given();
     let scratch = tempfile::tempdir_in(directory).expect("the directory can be written");
     // Past neighbours, and everywhere: the step has no factor in common with the disk.
     let stride = 1021 * 4096;
