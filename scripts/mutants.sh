@@ -214,7 +214,7 @@ done
 
 export CARGO_TARGET_DIR=$PWD/target/mutants
 export RUSTFLAGS="${RUSTFLAGS:+$RUSTFLAGS }--cfg qcow2rs_mutants"
-programs=(crash failures hostile data_file resize)
+programs=(crash failures hostile data_file resize bitmaps)
 cargo test "${programs[@]/#/--test=}" --no-run
 declare -A suites
 for program in "${programs[@]}"; do
