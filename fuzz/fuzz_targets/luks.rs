@@ -16,7 +16,9 @@ fuzz_target!(|data: &[u8]| {
     let secret = Secret::new(b"passphrase").expect("there is memory");
     for slot in 0..9 {
         let empty = header.without_key(slot);
-        assert!(LuksHeader::parse(&empty.to_bytes()).is_ok_and(|it| it.active() <= header.active()));
+        assert!(
+            LuksHeader::parse(&empty.to_bytes()).is_ok_and(|it| it.active() <= header.active())
+        );
         if header.cost(slot) > 4 {
             continue;
         }
