@@ -551,8 +551,8 @@ int qcow2rs_preadv(struct qcow2rs_image *img, const struct iovec *iov,
  * (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
  * replaced).  What does not get smaller is stored as without the flag, wherever
  * that can be.  Compressing is done by the calling thread (for a queue, by who
- * drives it): calls of several threads compress at once.  -ENOTSUP: a raw
- * image. */
+ * drives it): calls of several threads compress at once.  -ENOTSUP: images
+ * that are raw, encrypted, or have a data file. */
 int qcow2rs_pwrite(struct qcow2rs_image *img, const void *buf, size_t length,
                    uint64_t offset, uint32_t flags);
 
@@ -749,9 +749,10 @@ int qcow2rs_check(struct qcow2rs_image *img, uint32_t flags,
  * "max-virtual-size" or "max-metadata-size", allows.  -EBUSY: other calls, or
  * requests of queues, are in progress.  -ENOSPC.  -EROFS.  -ECANCELED.
  * -ENOTSUP: a version 2 image with snapshots or, to grow, with a backing file
- * that is longer than the disk; an image with bitmaps; a device, or metadata,
- * of a RAW image.  After any of these the image is as it was; after -EIO
- * its size tells what has happened. */
+ * that is longer than the disk, or encrypted with prealloc; a bitmap that is
+ * out of date, or any if nothing is to be left; a device, or metadata, of a
+ * RAW image.  -EINVAL, too: a bitmap would be too large.  After any of these
+ * the image is as it was; after -EIO its size tells what has happened. */
 int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
                    uint32_t flags, qcow2rs_progress_fn progress, void *opaque);
 

@@ -20,7 +20,7 @@ use crate::format::limits::MAX_BACKING_NAME;
 use crate::format::refcount::RefcountWidth;
 use crate::format::snapshot::Snapshot;
 use crate::image::disk::Disk;
-use crate::image::handle::{Image, Replacement};
+use crate::image::handle::{Image, Replacement, closed_by};
 use crate::image::option_values::{bad_value, number, size, switch};
 use crate::image::qcow2::Qcow2;
 use crate::io::blocking::Blocking;
@@ -226,7 +226,7 @@ impl Disk {
         image.writing()?;
         let plan = plan(image, snapshots, self.has_bitmaps(), options)?;
         let Some(plan) = plan.filter(|plan| plan.expand) else { return Ok(false) };
-        self.check_reload(&plan.header)?;
+        self.check_reload(&plan.header, self.bitmaps_now())?;
         for snapshot in snapshots {
             let l1 = l1_of(engine, image, snapshot).await?;
             if !mutant!(AmendZeroesKept) && has_zeroes(engine, image, &l1).await? {
@@ -268,7 +268,10 @@ impl Disk {
         let result = self.change_keys(engine, &options.keys).await;
         match self.reload(engine).await {
             Ok(disk) => Changed { result, disk: Replacement::Disk(Box::new(disk)) },
-            Err(error) => Changed { result: result.and(Err(error)), disk: Replacement::None },
+            // It would go on with slots that are others in the file.
+            Err(error) => {
+                Changed { result: result.and(Err(closed_by(error))), disk: Replacement::Closed }
+            }
         }
     }
 
@@ -285,7 +288,7 @@ impl Disk {
         let plan = plan(image, snapshots, self.has_bitmaps(), options)?;
         let Some(plan) = plan else { return Ok(None) };
         // The options of opening may want what the image is not to have any more.
-        self.check_reload(&plan.header)?;
+        self.check_reload(&plan.header, self.bitmaps_now())?;
         if plan.expand && !mutant!(AmendZeroesKept) {
             self.expand_zeroes(engine, progress).await?;
         }
@@ -452,7 +455,7 @@ async fn carry_out<E: Engine>(
     operation.header.compatible = header.compatible;
     operation.header.autoclear = header.autoclear;
     operation.header.extensions = header.extensions;
-    operation.disk.check_reload(&operation.header)?;
+    operation.disk.check_reload(&operation.header, operation.disk.bitmaps_now())?;
     operation.switch_all().await?;
     if new_table && rewidth.is_none() {
         operation.free_old_table().await?;

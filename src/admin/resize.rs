@@ -82,6 +82,13 @@ fn unsupported<T>(text: &str) -> Result<T> {
     Err(Error::new(ErrorKind::NotSupported, text))
 }
 
+/// The header of a disk of another size.
+fn with_size(header: &Header, size: u64) -> Header {
+    let mut header = Header { size, ..header.clone() };
+    header.l1_size = (header.l1_entries_needed() as u32).max(1);
+    header
+}
+
 impl Disk {
     /// See `Image::resize`; while nobody else does anything with the disk.
     pub async fn resize<E: Engine>(
@@ -203,9 +210,7 @@ impl Disk {
                  what is there",
             );
         }
-        let mut header = Header { size, ..header.clone() };
-        header.l1_size = (header.l1_entries_needed() as u32).max(1);
-        self.check_reload(&header)
+        self.check_reload(&with_size(header, size), None)
     }
 
     /// The bitmaps of a disk of another size. Those of this one, `bitmaps`, are out of date
@@ -218,7 +223,7 @@ impl Disk {
         bitmaps: &mut Bitmaps,
     ) -> Result<Bitmaps> {
         let mut resized = bitmaps.resized(image.geometry(), size)?;
-        self.check_bitmaps(resized.bytes())?;
+        self.check_reload(&with_size(&image.header, size), Some(&resized))?;
         if bitmaps.mark(engine, image, |_, _| true).await? && !mutant!(BitmapChangeNotMarked) {
             image.writing()?.allocator.barrier(engine, &image.storage).await?;
         }
@@ -449,7 +454,12 @@ async fn grow<E: Engine>(
             filling.data = image.data_file_place(GuestCluster(clusters.start));
         }
         let shown = raw || !filling.is_empty();
-        data_length::renew(engine, file, image.size..size, shown, mode, progress).await?;
+        // The rest of the last cluster has been made zero; encrypted zeroes are no hole.
+        let start = match image.is_encrypted() {
+            true => (clusters.start << geometry.cluster_bits).min(size),
+            false => image.size,
+        };
+        data_length::renew(engine, file, start..size, shown, mode, progress).await?;
         // Before anything leads there.
         operation.writing.allocator.barrier(engine, file).await?;
     } else if mode != Preallocation::Off && !clusters.is_empty() {
@@ -458,9 +468,9 @@ async fn grow<E: Engine>(
         let bytes = data.start << bits..data.end << bits;
         filling.data = HostOffset::new(bytes.start).map(DataOffset::from);
         mode.prepare(engine, storage, bytes, fresh, progress).await?;
-        // What lies there is no zeroes once it is decrypted.
-        filling.hide |= image.is_encrypted() && !geometry.extended_l2;
     }
+    // What lies there is no zeroes once it is decrypted.
+    filling.hide |= filling.data.is_some() && image.is_encrypted() && !geometry.extended_l2;
 
     let per_table = geometry.l2_coverage() >> geometry.cluster_bits;
     let mut cut = Cut::at(operation, clusters.start).await?;

@@ -532,7 +532,7 @@ impl Allocator {
             let (offset, length) = (start << bits, (run.len() as u64) << bits);
             start += run.len() as u64;
             let own = run.first() == Some(&true);
-            if own && storage.can_punch() && self.overlap.check_data(offset, length).is_ok() {
+            if own && storage.can_punch() && self.overlap.may_punch(offset, length) {
                 _ = storage.zero(engine, offset, length, ZeroMode::Punch).await;
             }
         }

@@ -11,7 +11,7 @@ use crate::format::limits::{
 use crate::image::bitmaps::bits::Bits;
 use crate::image::bitmaps::{Bitmap, Bitmaps, check_size};
 use crate::image::disk::Disk;
-use crate::image::handle::Replacement;
+use crate::image::handle::{Replacement, closed_by};
 use crate::image::qcow2::Qcow2;
 use crate::image::views;
 use crate::io::engine::Engine;
@@ -115,10 +115,7 @@ impl Disk {
         // The header is another.
         match self.reload_with(engine, Some(bitmaps)).await {
             Ok(disk) => (settled, Replacement::Disk(Box::new(disk))),
-            Err(error) => {
-                let text = "the image could not be read again and is closed";
-                (settled.and(Err(error.context(text))), Replacement::Closed)
-            }
+            Err(error) => (settled.and(Err(closed_by(error))), Replacement::Closed),
         }
     }
 

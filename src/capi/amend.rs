@@ -7,6 +7,7 @@ use super::create::{given, qcow2rs_create_opts};
 use super::open::qcow2rs_image;
 use crate::admin::amend::AmendOptions;
 use crate::admin::keyslots::KeyState;
+use crate::error::Error;
 
 /// The program's function and what it is called with.
 struct Progress {
@@ -62,6 +63,9 @@ pub unsafe extern "C" fn qcow2rs_amend(
         match options.keys.state {
             Some(KeyState::Active) => options.keys.new_secret = secret,
             Some(KeyState::Inactive) => options.keys.old_secret = secret,
+            None if secret.is_some() => {
+                return Err(Error::invalid("a passphrase needs \"encrypt.state\""));
+            }
             None => {}
         }
         let mut program = Progress { function: progress, opaque };

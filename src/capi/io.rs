@@ -152,8 +152,8 @@ pub unsafe extern "C" fn qcow2rs_preadv(
 /// (-EINVAL else), that are not allocated here (-EIO else; a compressed one is
 /// replaced).  What does not get smaller is stored as without the flag, wherever
 /// that can be.  Compressing is done by the calling thread (for a queue, by who
-/// drives it): calls of several threads compress at once.  -ENOTSUP: a raw
-/// image.
+/// drives it): calls of several threads compress at once.  -ENOTSUP: images
+/// that are raw, encrypted, or have a data file.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_pwrite(
     img: *mut qcow2rs_image,

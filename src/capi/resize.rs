@@ -54,9 +54,10 @@ fn preallocation(mode: u32) -> crate::error::Result<Preallocation> {
 /// "max-virtual-size" or "max-metadata-size", allows.  -EBUSY: other calls, or
 /// requests of queues, are in progress.  -ENOSPC.  -EROFS.  -ECANCELED.
 /// -ENOTSUP: a version 2 image with snapshots or, to grow, with a backing file
-/// that is longer than the disk; an image with bitmaps; a device, or metadata,
-/// of a RAW image.  After any of these the image is as it was; after -EIO
-/// its size tells what has happened.
+/// that is longer than the disk, or encrypted with prealloc; a bitmap that is
+/// out of date, or any if nothing is to be left; a device, or metadata, of a
+/// RAW image.  -EINVAL, too: a bitmap would be too large.  After any of these
+/// the image is as it was; after -EIO its size tells what has happened.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_resize(
     img: *mut qcow2rs_image,

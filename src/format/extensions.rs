@@ -289,6 +289,11 @@ impl CryptoExt {
         if fields.geometry.in_cluster(offset) != 0 {
             return Err(bad(format!("the encryption header's offset {offset:#x} is unaligned")));
         }
+        if offset.checked_add(length).is_none_or(|end| end > MAX_HOST_OFFSET) {
+            let text =
+                format!("{length} bytes at {offset:#x} are no place of an encryption header");
+            return Err(bad(text));
+        }
         Ok(CryptoExt { offset, length })
     }
 }

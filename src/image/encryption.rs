@@ -252,7 +252,7 @@ impl Qcow2 {
 
     /// Writes guest data to `host`, which the guest has at `guest`.
     #[inline]
-    pub(super) async fn write_data<E: Engine>(
+    pub(crate) async fn write_data<E: Engine>(
         &self,
         engine: &E,
         pieces: &[Piece<'_>],

@@ -104,7 +104,7 @@ impl Image {
         options: &OpenOptions,
     ) -> Result<Image> {
         options.validate()?;
-        let disk = block_on(Disk::open_storages(&Blocking, storage, data_file, options))?;
+        let disk = block_on(Disk::open_storages(&Blocking, storage, data_file, None, options))?;
         Ok(Image::from_disk(disk))
     }
 
@@ -435,6 +435,12 @@ impl Image {
     }
 }
 
+/// What to say where the disk that was to go on could not be read, so that the image is
+/// closed.
+pub(crate) fn closed_by(error: Error) -> Error {
+    error.context("the image could not be read again and is closed")
+}
+
 impl Disk {
     /// See `Qcow2::settle`; a raw image is synced.
     pub async fn settle<E: Engine>(&self, engine: &E) -> Result<()> {
@@ -455,8 +461,10 @@ impl Disk {
             Some(file) => file.change_access(data_access(options)).map(Some),
             None => Ok(None),
         };
+        // The passphrase may be another by now.
+        let key = self.top().and_then(|image| image.unlocked.encryption.clone());
         let opened = data_file
-            .and_then(|file| block_on(Disk::open_storages(&Blocking, storage, file, options)))
+            .and_then(|file| block_on(Disk::open_storages(&Blocking, storage, file, key, options)))
             .and_then(|disk| {
                 disk.layers.first().map_or(Ok(()), Layer::settle_locks)?;
                 Ok(disk)

@@ -98,7 +98,7 @@ impl Disk {
             let (source, format) = gate::resolve(options, &reference, directory)?;
             let below = below(options, format, 1);
             let storage = Storage::open(source, access(&below))?;
-            Disk::open_chain(engine, storage, None, &below, 1).await
+            Disk::open_chain(engine, storage, (None, None), &below, 1).await
         }
         .await;
         opened.map_err(|error| below_error(error, referrer, &String::from_utf8_lossy(name), 0))
@@ -110,32 +110,35 @@ impl Disk {
         storage: Storage,
         options: &OpenOptions,
     ) -> Result<Disk> {
-        Disk::open_chain(engine, storage, None, options, 0).await
+        Disk::open_chain(engine, storage, (None, None), options, 0).await
     }
 
-    /// As `open_storage`, with a data file that is open already, too.
+    /// As `open_storage`, with a data file that is open already, too, and what encrypts
+    /// the data if the image was open before.
     pub async fn open_storages<E: Engine>(
         engine: &E,
         storage: Storage,
         data_file: Option<Storage>,
+        key: Option<Arc<Encryption>>,
         options: &OpenOptions,
     ) -> Result<Disk> {
-        Disk::open_chain(engine, storage, data_file.map(Arc::new), options, 0).await
+        Disk::open_chain(engine, storage, (data_file.map(Arc::new), key), options, 0).await
     }
 
-    /// `data_file`: that of the first image, if it is open already. `depth`: how many
-    /// images there are above.
+    /// `known`: the data file of the first image, if it is open already, and what encrypts
+    /// its data, if that is known. `depth`: how many images there are above.
     async fn open_chain<E: Engine>(
         engine: &E,
         storage: Storage,
-        data_file: Option<Arc<Storage>>,
+        known: (Option<Arc<Storage>>, Option<Arc<Encryption>>),
         options: &OpenOptions,
         depth: u32,
     ) -> Result<Disk> {
+        let (data_file, key) = known;
         let mut budget = Budget(options.max_metadata_size);
         let mut seen = Vec::from_iter(storage.identity());
         seen.extend(data_file.as_ref().and_then(|file| file.identity()));
-        let mut first = open_layer(engine, storage, options, &mut budget).await?;
+        let mut first = open_layer(engine, storage, options, &mut budget, key).await?;
         match (&mut first, data_file) {
             (Layer::Qcow2(image), Some(file)) if image.header.external_data_file() => {
                 own(image)?.data_file = Some(file);
@@ -153,7 +156,7 @@ impl Disk {
                 let below = below(options, format, depth + 1);
                 let storage = open_once(source, access(&below), &seen)?;
                 seen.extend(storage.identity());
-                let mut layer = open_layer(engine, storage, &below, &mut budget).await?;
+                let mut layer = open_layer(engine, storage, &below, &mut budget, None).await?;
                 add_data_file(&mut layer, &below, depth + 1, &mut seen)?;
                 Ok(layer)
             }
@@ -194,11 +197,13 @@ impl Disk {
         self.budget_beside()?.take(bytes, "persistent bitmaps", name)
     }
 
-    /// Whether this disk's own image could be opened again with another header, as far
-    /// as options and memory go.
-    pub(crate) fn check_reload(&self, header: &Header) -> Result<()> {
+    /// Whether this disk's own image could be opened again with another header and these
+    /// bitmaps, as far as options and memory go.
+    pub(crate) fn check_reload(&self, header: &Header, bitmaps: Option<&Bitmaps>) -> Result<()> {
         let name = self.layers.first().map_or("", |top| top.storage().name());
-        reserve(header, &self.options, &mut self.budget_above(), name).map(drop)
+        let mut budget = self.budget_above();
+        reserve(header, &self.options, &mut budget, name)?;
+        budget.take(bitmaps.map_or(0, Bitmaps::bytes), "persistent bitmaps", name)
     }
 
     /// The same chain, with its own image read again from the storage that it is on.
@@ -364,6 +369,7 @@ async fn open_layer<E: Engine>(
     storage: Storage,
     options: &OpenOptions,
     budget: &mut Budget,
+    key: Option<Arc<Encryption>>,
 ) -> Result<Layer> {
     let length = storage.length()?;
     let first = read(engine, &storage, 0, Header::READ_FIRST).await?;
@@ -383,7 +389,7 @@ async fn open_layer<E: Engine>(
         }
         Format::Qcow2 => {
             let storage = Arc::new(storage);
-            let image = open_qcow2(engine, storage, &first, options, budget, None).await?;
+            let image = open_qcow2(engine, storage, &first, options, budget, key).await?;
             Ok(Layer::Qcow2(Arc::new(image)))
         }
     }

@@ -164,6 +164,8 @@ async fn index_metadata<E: Engine>(
         index.add(bitmaps.directory_offset, bitmaps.directory_size, Metadata::BitmapDirectory);
     }
     if let Some(crypto) = &header.extensions.crypto {
+        let room = OverlapIndex::bytes_for(header.geometry.clusters_for(crypto.length));
+        budget.take(room, "the index of the encryption header", storage.name())?;
         index.add(crypto.offset, crypto.length, Metadata::EncryptionHeader);
     }
     index_snapshots(engine, image, &index, check, budget)

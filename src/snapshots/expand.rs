@@ -7,6 +7,7 @@
 //! same.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::delete::{l1_of, write_l1};
 use super::list::encode;
@@ -25,8 +26,8 @@ use crate::image::handle::Replacement;
 use crate::io::engine::{Engine, Piece};
 use crate::metadata::tables::read;
 
-/// Zeroes are written in pieces of so many bytes.
-const PIECE: u64 = 8 << 20;
+/// What one table takes in the list of all, about.
+const EACH_TABLE: u64 = 64;
 
 /// An L2 table that only snapshots need to have replaced.
 struct Table {
@@ -70,9 +71,14 @@ async fn expand<E: Engine>(
         return Err(Error::new(ErrorKind::Busy, "a snapshot is open: close it first"));
     }
     let mut tables: BTreeMap<u64, Table> = BTreeMap::new();
+    let most = operation.disk.options.max_metadata_size / EACH_TABLE;
     for snapshot in snapshots {
         for (index, entry) in (0..).zip(l1_of(engine, image, snapshot).await?) {
             let Some(table) = image.table_of(entry)? else { continue };
+            if tables.len() as u64 >= most {
+                let text = "the tables of all snapshots take more than \"max-metadata-size\"";
+                return Err(Error::new(ErrorKind::Limit, text));
+            }
             let found = tables.entry(table.get());
             let new = Table { times: 0, index, copy: 0 };
             let times = &mut found.or_insert(new).times;
@@ -105,7 +111,7 @@ async fn expand<E: Engine>(
             count_entries(image, (at, table.times), &bytes, changes)?;
         }
     }
-    for cluster in fresh {
+    for cluster in fresh.into_iter().flatten() {
         // It has its first reference.
         lost.add(cluster, 1)?;
     }
@@ -157,7 +163,7 @@ async fn copy_without<E: Engine>(
     operation: &mut Operation<'_, E>,
     offset: u64,
     table: &Table,
-    fresh: &mut Vec<u64>,
+    fresh: &mut Vec<Range<u64>>,
 ) -> Result<u64> {
     let image = operation.image;
     let geometry = image.geometry();
@@ -181,14 +187,13 @@ async fn copy_without<E: Engine>(
     let mut places = 0..0;
     if to_store > 0 {
         places = operation.take(to_store).await?;
-        let range = places.start << bits..places.end << bits;
-        let mut at = range.start;
-        while at < range.end {
-            let piece = [Piece::Zeroes((range.end - at).min(PIECE) as usize)];
-            image.storage.write(operation.engine, &piece, at).await?;
-            at += piece[0].len() as u64;
+        let stored = zeroes.iter().filter(|(_, stored)| *stored);
+        for (host, (index, _)) in places.clone().zip(stored) {
+            let (host, guest) = (host << bits, (first + *index as u64) << bits);
+            let piece = [Piece::Zeroes(size as usize)];
+            image.write_data(operation.engine, &piece, host, guest).await?;
         }
-        fresh.extend(places.clone());
+        fresh.push(places.clone());
     }
     for (index, stored) in zeroes {
         let place = if stored { places.next() } else { None };
@@ -208,6 +213,6 @@ async fn copy_without<E: Engine>(
         *first = ((word & !COPIED) >> 56) as u8;
     }
     let copy = operation.place(&bytes).await?;
-    fresh.push(copy >> bits);
+    fresh.push(copy >> bits..(copy >> bits) + 1);
     Ok(copy)
 }

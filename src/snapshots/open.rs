@@ -38,6 +38,7 @@ impl Disk {
         header.l1_offset = snapshot.l1_offset;
         header.l1_size = snapshot.l1_size;
         (header.snapshot_count, header.snapshots_offset) = (0, 0);
+        header.extensions.bitmaps = None;
         let options = OpenOptions { writable: false, lazy_refcounts: None, ..self.options.clone() };
         let mut budget = Budget(options.max_metadata_size);
         let l2 = reserve(&header, &options, &mut budget, image.storage.name())?;

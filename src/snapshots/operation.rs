@@ -28,7 +28,7 @@ use crate::error::Result;
 use crate::format::header::Header;
 use crate::image::bitmaps::Bitmap;
 use crate::image::disk::Disk;
-use crate::image::handle::Replacement;
+use crate::image::handle::{Replacement, closed_by};
 use crate::image::qcow2::{Qcow2, SnapshotTable, Writing};
 use crate::io::engine::{Engine, Piece};
 use crate::log;
@@ -288,8 +288,7 @@ impl<'a, E: Engine> Operation<'a, E> {
         match self.disk.reload(self.engine).await {
             Ok(disk) => Changed { result, disk: Replacement::Disk(Box::new(disk)) },
             Err(error) => {
-                let text = "the image could not be read again and is closed";
-                Changed { result: result.and(Err(error.context(text))), disk: Replacement::Closed }
+                Changed { result: result.and(Err(closed_by(error))), disk: Replacement::Closed }
             }
         }
     }

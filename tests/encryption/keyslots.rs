@@ -3,7 +3,9 @@
 use qcow2rs::{AmendOptions, ErrorKind, Image, KeySlots, KeyState, OpenOptions, Source};
 
 use crate::support::{Scratch, read};
-use crate::{LUKS, make, open_rw, options, pattern, qemu_check, qemu_img, qemu_io_as, secret};
+use crate::{
+    LUKS, PASSPHRASE, make, open_rw, options, pattern, qemu_check, qemu_img, qemu_io_as, secret,
+};
 
 fn amend(image: &Image, keys: KeySlots) -> Result<(), ErrorKind> {
     let mut options = AmendOptions::default();
@@ -168,4 +170,21 @@ fn what_qemu_refuses_is_refused() {
     crate::support::qemu_create(&plain, "", 1 << 20);
     let image = Image::open(Source::path(&plain), &OpenOptions::new().writable(true)).unwrap();
     assert_eq!(amend(&image, add("new", None)), Err(ErrorKind::NotSupported));
+}
+
+#[test]
+fn who_has_an_image_open_needs_no_new_passphrase() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image");
+    make(&path, LUKS, 1 << 20);
+    let image = open_rw(&path);
+    image.write_at(&pattern(512), 5000, Default::default()).unwrap();
+    amend(&image, add("new", None)).unwrap();
+    amend(&image, erase(Some(PASSPHRASE), None)).unwrap();
+    image.reopen(false, true).unwrap();
+    assert_eq!(read(&image, 5000, 512), pattern(512));
+    image.reopen(true, true).unwrap();
+    image.write_at(&pattern(512), 9000, Default::default()).unwrap();
+    image.close().unwrap();
+    assert!(opens(&path, "new") && !opens(&path, PASSPHRASE));
 }

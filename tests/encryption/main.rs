@@ -6,6 +6,7 @@ mod support;
 mod create;
 mod data;
 mod keyslots;
+mod meets;
 mod model;
 mod opening;
 mod secrets;
