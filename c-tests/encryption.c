@@ -82,8 +82,10 @@ static int change(struct qcow2rs_image *img, const char *state,
     int ret;
 
     CHECK_OK(qcow2rs_create_opts_new(&opts));
-    CHECK_OK(qcow2rs_create_opts_set(opts, "encrypt.state", state));
-    if (strcmp(state, "active") == 0) {
+    if (state != NULL) {
+        CHECK_OK(qcow2rs_create_opts_set(opts, "encrypt.state", state));
+    }
+    if (state != NULL && strcmp(state, "active") == 0) {
         CHECK_OK(qcow2rs_create_opts_set(opts, "encrypt.iter-time", "0"));
     }
     if (slot != NULL) {
@@ -109,6 +111,7 @@ static void key_slots(void)
     CHECK_ERR(change(img, "active", "0", "two"), EINVAL);
     CHECK_ERR(change(img, "active", "8", "two"), EINVAL);
     CHECK_ERR(change(img, "active", NULL, NULL), EINVAL);
+    CHECK_ERR(change(img, NULL, NULL, "two"), EINVAL);
     CHECK_ERR(change(img, "inactive", NULL, NULL), EINVAL);
     CHECK_ERR(change(img, "inactive", "0", NULL), EINVAL);
     CHECK_ERR(change(img, "inactive", NULL, "two"), EINVAL);

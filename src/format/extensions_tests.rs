@@ -230,6 +230,10 @@ fn encryption_header_is_for_luks_16_bytes_and_aligned() {
     assert_eq!(parse(2, &data[..15]), Err(ErrorKind::BadHeader));
     let unaligned = [0x1201u64.to_be_bytes(), 99u64.to_be_bytes()].concat();
     assert_eq!(parse(2, &unaligned), Err(ErrorKind::BadHeader));
+    for (offset, length) in [(1 << 56, 99), (0x1_0000, 1 << 60), (0x1_0000, u64::MAX)] {
+        let nowhere = [u64::to_be_bytes(offset), u64::to_be_bytes(length)].concat();
+        assert_eq!(parse(2, &nowhere), Err(ErrorKind::BadHeader), "{length} at {offset:#x}");
+    }
 }
 
 #[test]
