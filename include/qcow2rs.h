@@ -409,7 +409,9 @@ int qcow2rs_invalidate(struct qcow2rs_image *img);
  * flags: OPEN_RDWR, OPEN_NO_LOCK.  Towards RDWR: the lock is taken (-EAGAIN),
  * the metadata is read again, then writing starts; towards read-only: flushed,
  * then unlocked.  The image keeps its storage; files of the chain are reopened
- * through the policy where they must be.  On failure the old state stands. */
+ * through the policy where they must be.  On failure the old state stands; but
+ * where bitmaps had been stored, and the image cannot be read again, it is
+ * closed, as the message says. */
 int qcow2rs_reopen(struct qcow2rs_image *img, uint32_t flags);
 
 /* --------------------------------------------------------------- Image info */
@@ -771,7 +773,8 @@ int qcow2rs_resize(struct qcow2rs_image *img, uint64_t bytes, uint32_t prealloc,
  * to be erased is not there.  -EACCES: the passphrase that img was opened with
  * opens it no more.
  * -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
- * another size or backing file, which are not changed by amending; for 0.10:
+ * another size or backing file, which are not changed by amending; key slots
+ * together with other options, or of an image that is not LUKS; for 0.10:
  * extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:
  * options that do not go together (0.10 needs refcount_bits=16), a refcount
  * that does not fit.  -ECANCELED: progress said so.  -EROFS, -EBUSY (also: a

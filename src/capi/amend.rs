@@ -39,7 +39,8 @@ impl Progress {
 /// to be erased is not there.  -EACCES: the passphrase that img was opened with
 /// opens it no more.
 /// -ENOTSUP: what only an image that is made anew can have (cluster_size, ...),
-/// another size or backing file, which are not changed by amending; for 0.10:
+/// another size or backing file, which are not changed by amending; key slots
+/// together with other options, or of an image that is not LUKS; for 0.10:
 /// extended L2 entries, zstd, bitmaps, snapshots of another size.  -EINVAL:
 /// options that do not go together (0.10 needs refcount_bits=16), a refcount
 /// that does not fit.  -ECANCELED: progress said so.  -EROFS, -EBUSY (also: a

@@ -186,7 +186,9 @@ pub unsafe extern "C" fn qcow2rs_invalidate(img: *mut qcow2rs_image) -> c_int {
 /// flags: OPEN_RDWR, OPEN_NO_LOCK.  Towards RDWR: the lock is taken (-EAGAIN),
 /// the metadata is read again, then writing starts; towards read-only: flushed,
 /// then unlocked.  The image keeps its storage; files of the chain are reopened
-/// through the policy where they must be.  On failure the old state stands.
+/// through the policy where they must be.  On failure the old state stands; but
+/// where bitmaps had been stored, and the image cannot be read again, it is
+/// closed, as the message says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2rs_reopen(img: *mut qcow2rs_image, flags: u32) -> c_int {
     entry!(|call| {
